@@ -1,0 +1,44 @@
+"""foldkernels: the attention kernels of protein models. One word in YAML, the same numbers, faster."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .configs.kernel import KernelConfig
+    from .kernels.binding import bind
+    from .kernels.explanation import explain
+    from .kernels.registry import KernelFallbackWarning, KernelUnavailable, decide, record_kernels, register
+
+__version__ = "0.1.0"
+
+# Loaded when asked for, so that `import foldkernels` costs next to nothing.
+_HOMES = {
+    "KernelConfig": ".configs.kernel",
+    "KernelFallbackWarning": ".kernels.registry",
+    "KernelUnavailable": ".kernels.registry",
+    "bind": ".kernels.binding",
+    "decide": ".kernels.registry",
+    "explain": ".kernels.explanation",
+    "record_kernels": ".kernels.registry",
+    "register": ".kernels.registry",
+}
+
+__all__ = [
+    "KernelConfig",
+    "KernelFallbackWarning",
+    "KernelUnavailable",
+    "__version__",
+    "bind",
+    "decide",
+    "explain",
+    "record_kernels",
+    "register",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)

@@ -1,0 +1,65 @@
+"""Self-attention over a padded sequence: scaled dot products, a softmax over the tokens that are there.
+
+Vaswani et al. 2017, section 3.2.1. Multiflow's sequence transformer and ESM-2 use it.
+"""
+
+import torch as pytorch  # `torch` is this package's kernel of that name
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..registry import floating_type, function_for, register_operation
+from ..requests import Operation
+from ..tensors import any_requires_grad
+
+OPERATION = register_operation(
+    Operation(
+        name="attention",
+        summary="self-attention over a padded sequence",
+        dims=("n", "h", "d"),
+        options=("dropout",),
+    )
+)
+
+
+def attention(
+    q: Float[Tensor, "b n h d"],
+    k: Float[Tensor, "b n h d"],
+    v: Float[Tensor, "b n h d"],
+    mask: Bool[Tensor, "b n"] | None = None,
+    *,
+    dropout: float = 0.0,
+    config: str = "",
+) -> Float[Tensor, "b n h d"]:
+    """Attend over the tokens that `mask` names. The kernels scale by d**-0.5.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        mask: True for tokens that are there. A masked token is no key; as a query it gets zeros and passes no gradient.
+        dropout: Probability of dropping an attention weight. Drawn here, so that every kernel sees the same draw.
+        config: A module's kernel configuration, as its token.
+
+    Returns:
+        The attended values, in the floating type of q (under autocast, autocast's).
+
+    Raises:
+        KernelUnavailable: No kernel that the configuration allows can serve the call.
+    """
+    keep = None
+    if dropout > 0.0:
+        b, n, h = q.shape[:3]
+        keep = pytorch.empty(b, h, n, n, device=q.device, dtype=pytorch.bool).bernoulli_(1.0 - dropout)
+    run = function_for(
+        OPERATION.name,
+        q,
+        length=q.shape[1],
+        dims={"h": q.shape[2], "d": q.shape[3]},
+        grad=any_requires_grad(q, k, v),
+        config=config,
+        options=("dropout",) if keep is not None else (),
+    )
+    dtype = floating_type(q)
+    with pytorch.autocast(q.device.type, enabled=False):
+        out: Tensor = run(q.to(dtype), k.to(dtype), v.to(dtype), mask, keep, dropout)
+    return out

@@ -1,0 +1,38 @@
+"""Self-attention over a padded sequence, written out: the function that every other kernel must compute."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..registry import register
+from ..requests import KernelFunction, serves_everything
+from ..tensors import widest
+
+
+def run(
+    q: Float[Tensor, "b n h d"],
+    k: Float[Tensor, "b n h d"],
+    v: Float[Tensor, "b n h d"],
+    mask: Bool[Tensor, "b n"] | None = None,
+    keep: Bool[Tensor, "b h n n"] | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "b n h d"]:
+    """Scaled dot products, softmax over the tokens that are there, weighted mean of the values."""
+    given, dtype = q.dtype, widest(q)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    logits = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+    if mask is None:
+        weights = logits.softmax(-1)
+    else:
+        empty = ~mask[:, None, :, None]  # a query that is there has at least itself as a key
+        weights = logits.masked_fill(~mask[:, None, None, :] & ~empty, -torch.inf).softmax(-1).masked_fill(empty, 0.0)
+    if keep is not None:
+        weights = weights * keep / (1.0 - dropout)
+    return torch.einsum("bhij,bjhd->bihd", weights, v).to(given)
+
+
+def load() -> KernelFunction:
+    return run
+
+
+register(operation="attention", name="reference", supports=serves_everything, load=load)

@@ -1,0 +1,33 @@
+"""How the streamed PyTorch kernels cut the pair representation into blocks of query rows."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import machine
+
+# A block's intermediates should stay in a core's cache on a CPU; on a GPU they should fill the device, and no more.
+_PAIRS_PER_THREAD = {torch.float64: 1024, torch.float32: 2048}
+_PAIRS_PER_THREAD_16_BIT = 4096
+_PAIRS_PER_GPU_BLOCK = 1 << 16
+
+
+def row_blocks(z: Tensor) -> Iterator[tuple[int, slice]]:
+    """Cut [b, n, m, c] into blocks of rows: the batch item and the rows of each block, in order."""
+    b, n, m, _ = z.shape
+    if z.device.type == "cpu":
+        pairs = _PAIRS_PER_THREAD.get(block_dtype(z), _PAIRS_PER_THREAD_16_BIT) * torch.get_num_threads()
+    else:
+        pairs = _PAIRS_PER_GPU_BLOCK
+    rows = max(1, pairs // max(m, 1))
+    for item in range(b):
+        for start in range(0, n, rows):
+            yield item, slice(start, min(start + rows, n))
+
+
+def block_dtype(z: Tensor) -> torch.dtype:
+    """The type in which a block of z is multiplied: z's own, or float32 where 16-bit products have no hardware."""
+    if z.device.type == "cpu" and z.dtype in (torch.bfloat16, torch.float16) and not machine.fast_bfloat16():
+        return torch.float32
+    return z.dtype

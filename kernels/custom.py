@@ -1,0 +1,21 @@
+"""What every custom operator of ours needs."""
+
+from typing import Any
+
+import torch
+
+
+class NoDoubleBackward(NotImplementedError):
+    """A second derivative was asked of a kernel that has only the first."""
+
+
+def no_double_backward(backward: Any, *, operation: str, kernel: str) -> None:
+    """Make a backward operator say who can differentiate twice, when it is itself differentiated."""
+
+    def refuse(ctx: Any, *gradients: torch.Tensor) -> None:
+        raise NoDoubleBackward(
+            f"{operation}: the kernel {kernel!r} has no second derivative; "
+            f"use the kernel 'reference' (kernel: {{{operation}: reference}})"
+        )
+
+    backward.register_autograd(refuse)

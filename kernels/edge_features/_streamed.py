@@ -1,0 +1,83 @@
+"""The streamed core of the edge features, as custom operators: one pass over blocks of rows, forward and backward."""
+
+import torch
+from torch import Tensor
+
+from ..blocks import block_dtype, row_blocks
+from ..custom import no_double_backward
+from ..rows import zeros_like_wide
+from ._rows import Geometry, Split, backward_rows, forward_rows
+
+
+@torch.library.custom_op("foldkernels::edge_features_streamed", mutates_args=())
+def edge_features_streamed(
+    parts: list[Tensor],
+    positions: Tensor,
+    positions_sc: Tensor,
+    chain: Tensor | None,
+    mask: Tensor | None,
+    num_bins: int,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Embed the pairs; `parts` are the fields of `Split`."""
+    split = Split(*parts)
+    b, n, cz = split.first_j.shape
+    out = split.first_j.new_empty(b, n, n, cz, dtype=out_dtype)
+    split = Split(*(part.to(block_dtype(out)) for part in parts))
+    geometry = Geometry(positions, positions_sc, chain, num_bins)
+    with torch.autocast(out.device.type, enabled=False):
+        for i, rows in row_blocks(out):
+            out[i, rows] = forward_rows(split, geometry, i, rows, None if mask is None else mask[i], eps)
+    return out
+
+
+@edge_features_streamed.register_fake
+def _(parts, positions, positions_sc, chain, mask, num_bins, eps, out_dtype):  # type: ignore[no-untyped-def]
+    b, n, cz = Split(*parts).first_j.shape
+    return parts[0].new_empty(b, n, n, cz, dtype=out_dtype)
+
+
+@torch.library.custom_op("foldkernels::edge_features_streamed_backward", mutates_args=())
+def edge_features_streamed_backward(
+    d_out: Tensor,
+    parts: list[Tensor],
+    positions: Tensor,
+    positions_sc: Tensor,
+    chain: Tensor | None,
+    mask: Tensor | None,
+    num_bins: int,
+    eps: float,
+) -> list[Tensor]:
+    """The gradient of each part."""
+    dtype = block_dtype(d_out)
+    split = Split(*(part.to(dtype) for part in parts))
+    gradients = Split(*(zeros_like_wide(part) for part in parts))
+    geometry = Geometry(positions, positions_sc, chain, num_bins)
+    with torch.autocast(d_out.device.type, enabled=False):
+        for i, rows in row_blocks(d_out):
+            there = None if mask is None else mask[i]
+            backward_rows(split, gradients, geometry, i, rows, d_out[i, rows].to(dtype), there, eps)
+    return [gradient.to(part.dtype) for gradient, part in zip(gradients, parts, strict=True)]
+
+
+@edge_features_streamed_backward.register_fake
+def _(d_out, parts, positions, positions_sc, chain, mask, num_bins, eps):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(part) for part in parts]
+
+
+def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    parts, positions, positions_sc, chain, mask, ctx.num_bins, ctx.eps, _ = inputs
+    ctx.save_for_backward(positions, positions_sc, chain, mask, *parts)
+
+
+def _backward(ctx, d_out):  # type: ignore[no-untyped-def]
+    positions, positions_sc, chain, mask, *parts = ctx.saved_tensors
+    d_parts = edge_features_streamed_backward(
+        d_out, parts, positions, positions_sc, chain, mask, ctx.num_bins, ctx.eps
+    )
+    return d_parts, None, None, None, None, None, None, None
+
+
+edge_features_streamed.register_autograd(_backward, setup_context=_keep)
+no_double_backward(edge_features_streamed_backward, operation="edge_features", kernel="torch")

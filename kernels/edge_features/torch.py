@@ -1,0 +1,50 @@
+"""Edge features in PyTorch's own operators: exact, the first layer taken apart, streamed over blocks of query rows."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..registry import register
+from ..requests import KernelFunction, serves_everything
+from ._rows import split
+from ._streamed import edge_features_streamed
+
+
+def run(
+    nodes: Float[Tensor, "b n f"],
+    positions: Float[Tensor, "b n 3"],
+    positions_sc: Float[Tensor, "b n 3"],
+    chain: Int[Tensor, "b n"] | None,
+    diffuse: Float[Tensor, "b n"] | None,
+    relpos_weight: Float[Tensor, "f f"],
+    relpos_bias: Float[Tensor, " f"],
+    weights: tuple[Float[Tensor, "cz features"], Float[Tensor, "cz cz"], Float[Tensor, "cz cz"]],
+    biases: tuple[Float[Tensor, " cz"], Float[Tensor, " cz"], Float[Tensor, " cz"]],
+    norm_weight: Float[Tensor, " cz"],
+    norm_bias: Float[Tensor, " cz"],
+    mask: Bool[Tensor, "b n"] | None,
+    num_bins: int,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> Float[Tensor, "b n n cz"]:
+    """Take the first layer apart, then stream."""
+    parts = split(
+        nodes.to(weights[0].dtype),
+        diffuse,
+        chain is not None,
+        num_bins,
+        relpos_weight,
+        relpos_bias,
+        weights,
+        biases,
+        norm_weight,
+        norm_bias,
+    )
+    return edge_features_streamed(list(parts), positions, positions_sc, chain, mask, num_bins, eps, out_dtype)
+
+
+def load() -> KernelFunction:
+    return run
+
+
+register(operation="edge_features", name="torch", supports=serves_everything, load=load)

@@ -1,0 +1,69 @@
+"""The streamed core of the edge transition, as custom operators: one pass over blocks of rows, forward and backward.
+
+A loop over row blocks would make Dynamo compile one graph per length, so both directions are opaque operators. The
+backward computes the hidden layers again instead of keeping them.
+"""
+
+import torch
+from torch import Tensor
+
+from ..blocks import block_dtype, row_blocks
+from ..custom import no_double_backward
+from ._rows import Split, backward_rows, forward_rows, hidden_rows, prepare, zero_gradients
+
+
+@torch.library.custom_op("foldkernels::edge_transition_streamed", mutates_args=())
+def edge_transition_streamed(z: Tensor, parts: list[Tensor], mask: Tensor | None, eps: float) -> Tensor:
+    """Update z [b, n, n, cz]; `parts` are the fields of `Split`."""
+    dtype = block_dtype(z)
+    prepared = prepare(Split(*parts), dtype)
+    out = z.new_empty(*z.shape[:3], prepared.weight_out.shape[0])
+    with torch.autocast(z.device.type, enabled=False):
+        for i, rows in row_blocks(z):
+            there = None if mask is None else mask[i]
+            out[i, rows] = forward_rows(prepared, i, rows, z[i, rows].to(dtype), there, eps)
+    return out
+
+
+@edge_transition_streamed.register_fake
+def _(z, parts, mask, eps):  # type: ignore[no-untyped-def]
+    return z.new_empty(*z.shape[:3], Split(*parts).weight_out.shape[0])
+
+
+@torch.library.custom_op("foldkernels::edge_transition_streamed_backward", mutates_args=())
+def edge_transition_streamed_backward(
+    d_out: Tensor, z: Tensor, parts: list[Tensor], mask: Tensor | None, eps: float
+) -> list[Tensor]:
+    """The gradients of z and of each part, in this order."""
+    dtype = block_dtype(z)
+    prepared = prepare(Split(*parts), dtype)
+    gradients = zero_gradients(Split(*parts))
+    dz = torch.empty_like(z, memory_format=torch.contiguous_format)
+    with torch.autocast(z.device.type, enabled=False):
+        for i, rows in row_blocks(z):
+            there = None if mask is None else mask[i]
+            z_rows = z[i, rows].to(dtype)
+            hidden = hidden_rows(prepared, i, rows, z_rows)
+            dz[i, rows] = backward_rows(prepared, gradients, i, rows, z_rows, hidden, d_out[i, rows], there, eps)
+    return [dz, *(gradient.to(part.dtype) for gradient, part in zip(gradients, parts, strict=True))]
+
+
+@edge_transition_streamed_backward.register_fake
+def _(d_out, z, parts, mask, eps):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(z, memory_format=torch.contiguous_format), *(torch.empty_like(part) for part in parts)]
+
+
+def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    z, parts, mask, eps = inputs
+    ctx.eps = eps
+    ctx.save_for_backward(z, mask, *parts)
+
+
+def _backward(ctx, d_out):  # type: ignore[no-untyped-def]
+    z, mask, *parts = ctx.saved_tensors
+    dz, *d_parts = edge_transition_streamed_backward(d_out, z, parts, mask, ctx.eps)
+    return dz, d_parts, None, None
+
+
+edge_transition_streamed.register_autograd(_backward, setup_context=_keep)
+no_double_backward(edge_transition_streamed_backward, operation="edge_transition", kernel="torch")

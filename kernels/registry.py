@@ -1,0 +1,335 @@
+"""Which kernel runs: registration, and the choice for a request.
+
+Choosing happens outside any compiled graph and takes no tensor. `function_for` is what an operation calls on its way to
+a kernel: a table look-up for a key it has seen, one `decide` for a key it has not.
+"""
+
+import importlib
+import os
+import pkgutil
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..configs.kernel import KernelConfig, did_you_mean
+from ..configs.presets import candidates
+from ..configs.resolve import ENVIRONMENT_VARIABLE, resolve_kernel
+from . import machine
+from .requests import Decision, Dims, Kernel, KernelFunction, Operation, Reason, Request
+
+ENTRY_POINT_GROUP = "foldkernels.kernels"
+
+_operations: dict[str, Operation] = {}
+_kernels: dict[str, dict[str, Kernel]] = {}
+_broken_plugins: dict[str, str] = {}
+_lock = threading.RLock()
+_discovered = False
+
+
+class KernelUnavailable(RuntimeError):
+    """No kernel that the configuration allows can serve a request. The message lists each with why, and the fix."""
+
+
+class KernelFallbackWarning(UserWarning):
+    """A device's first choice cannot run, and the next kernel of the preset does instead."""
+
+
+def register_operation(operation: Operation) -> Operation:
+    """Make an operation known. Called once by each `kernels/<operation>/__init__.py`."""
+    _operations[operation.name] = operation
+    return operation
+
+
+def register(kernel: Kernel | None = None, /, **fields: Any) -> Kernel:
+    """Make a kernel known; it replaces one of the same operation and name.
+
+    Args:
+        kernel: The record; or give its fields by name.
+
+    Returns:
+        The record.
+    """
+    record = kernel if kernel is not None else Kernel(**fields)
+    with _lock:
+        _kernels.setdefault(record.operation, {})[record.name] = record
+        _decided.clear()
+    return record
+
+
+def operations() -> Mapping[str, Operation]:
+    """Every operation by name."""
+    _discover()
+    return _operations
+
+
+def kernels(operation: str) -> Mapping[str, Kernel]:
+    """Every kernel of an operation by name.
+
+    Raises:
+        KeyError: There is no such operation; the message names the nearest.
+    """
+    _discover()
+    if operation not in _operations and operation not in _kernels:
+        raise KeyError(f"no operation {operation!r}" + did_you_mean(operation, sorted(_operations)))
+    return _kernels.get(operation, {})
+
+
+def broken_plugins() -> Mapping[str, str]:
+    """Entry points that did not load, with what they raised. `doctor` shows them."""
+    _discover()
+    return _broken_plugins
+
+
+def _discover() -> None:
+    """Import every `kernels/<operation>/<kernel>.py`, then the entry points of other packages; once."""
+    global _discovered
+    if _discovered:
+        return
+    with _lock:
+        if _discovered:
+            return
+        _discovered = True  # set first: a kernel's file may itself ask the registry something
+        here = Path(__file__).parent
+        package = __name__.rpartition(".")[0]
+        for folder in sorted(path.parent for path in here.glob("*/__init__.py")):
+            importlib.import_module(f"{package}.{folder.name}")
+            for found in pkgutil.iter_modules([str(folder)]):
+                if not found.name.startswith("_"):
+                    importlib.import_module(f"{package}.{folder.name}.{found.name}")
+        for point in entry_points(group=ENTRY_POINT_GROUP):
+            try:
+                loaded = point.load()
+                if callable(loaded):
+                    loaded()
+            except Exception as error:  # somebody else's package: it must not take ours down, nor go unseen
+                _broken_plugins[point.name] = f"{type(error).__name__}: {error}"
+
+
+def reasons_against(kernel: Kernel, request: Request, on: machine.Machine | None = None) -> tuple[Reason, ...]:
+    """Every reason why `kernel` cannot serve `request`; empty when it can.
+
+    Args:
+        kernel: A record.
+        request: What is asked for.
+        on: The machine to judge its packages by; this one when None.
+    """
+    reasons = []
+    for requirement in kernel.needs:
+        missing = machine.usable(requirement) if on is None else on.lacks(requirement)
+        if missing:
+            reasons.append(Reason(missing, machine.fix(requirement)))
+    if request.grad and not kernel.backward:
+        reasons.append(Reason("it has no backward pass", "run under torch.no_grad(), or choose another kernel"))
+    if request.deterministic and not kernel.deterministic:
+        reasons.append(Reason("its results differ from run to run", "set deterministic: false"))
+    return (*reasons, *kernel.supports(request))
+
+
+def decide(request: Request, config: Any = None, on: machine.Machine | None = None) -> Decision:
+    """Choose the kernel for a request.
+
+    Args:
+        request: What is asked for.
+        config: A word, a mapping or a `KernelConfig`; None reads the environment.
+        on: Choose as that machine would; this one when None.
+
+    Raises:
+        KernelUnavailable: A required kernel cannot run, nothing in the preset can, or `fallback: error` forbids the
+            kernel that could.
+    """
+    settings = config if isinstance(config, KernelConfig) else resolve_kernel(config).config
+    known = kernels(request.operation)
+    required = settings.required(request.operation)
+    source = f"required by {request.operation}: {required}" if required else f"preset {settings.preset}"
+    names = (required,) if required else candidates(settings.preset, request.operation, request.device)
+    rejected: list[tuple[str, tuple[Reason, ...]]] = []
+    for name in names:
+        if name not in known:
+            reasons: tuple[Reason, ...] = (
+                Reason(f"{request.operation} has no kernel {name!r}" + did_you_mean(name, sorted(known))),
+            )
+        else:
+            reasons = reasons_against(known[name], request, on)
+        if not reasons:
+            decision = Decision(request, known[name], source, tuple(rejected))
+            if decision.fell_back and settings.on_fallback == "error":
+                raise KernelUnavailable(_refusal(request, source + ", fallback: error", rejected))
+            return decision
+        rejected.append((name, reasons))
+    raise KernelUnavailable(_refusal(request, source, rejected))
+
+
+def _refusal(request: Request, source: str, rejected: list[tuple[str, tuple[Reason, ...]]]) -> str:
+    lines = ["No kernel can run this.", f"  asked for: {request}", f"  chosen by: {source}"]
+    for name, reasons in rejected:
+        lines.append(f"  {name} cannot:")
+        for reason in reasons:
+            lines.append(f"    - {reason.why}")
+            lines += [f"      fix: {reason.fix}"] if reason.fix else []
+    return "\n".join(lines)
+
+
+# What a forward pass uses ---------------------------------------------------------------------------------------------
+
+
+class _Loaded:
+    """Loaded kernels as attributes `<operation>:<kernel>`: Dynamo can guard one attribute, but not the whole registry."""
+
+
+_loaded = _Loaded()
+_decided: dict[tuple[Any, ...], str] = {}
+_recorders: list[list[str]] = []
+
+
+@lru_cache(maxsize=256)
+def settings_of(config: str) -> KernelConfig:
+    """The configuration behind a module's token, which is its JSON."""
+    return KernelConfig.model_validate_json(config)
+
+
+@lru_cache(maxsize=16)
+def _environment_token(variable: str) -> str:
+    return token(resolve_kernel(environment=variable).config)
+
+
+@torch.compiler.assume_constant_result
+def precision(config: str) -> str:
+    """What the configuration behind a token allows a kernel to round to; the empty token reads the environment."""
+    return settings_of(config or _environment_token(os.environ.get(ENVIRONMENT_VARIABLE, ""))).precision
+
+
+def token(config: KernelConfig) -> str:
+    """A configuration as the short string that modules carry: it pickles, compares and compiles."""
+    return config.model_dump_json(exclude_unset=True)
+
+
+def length_class(operation: str, length: int) -> int:
+    """How many of the thresholds that the operation's kernels declare `length` has reached."""
+    reached = 0
+    for threshold in thresholds(operation):
+        if length >= threshold:
+            reached += 1
+    return reached
+
+
+@torch.compiler.assume_constant_result
+def thresholds(operation: str) -> tuple[int, ...]:
+    """The lengths at which some kernel of the operation changes its mind, in order."""
+    return tuple(sorted({edge for kernel in kernels(operation).values() for edge in kernel.thresholds}))
+
+
+def floating_type(like: Tensor) -> torch.dtype:
+    """The type that `like` is computed in: its own, or what autocast makes of it."""
+    if torch.is_autocast_enabled(like.device.type) and like.dtype is not torch.float64:
+        return torch.get_autocast_dtype(like.device.type)
+    return like.dtype
+
+
+def function_for(
+    operation: str,
+    like: Tensor,
+    *,
+    dims: Mapping[str, int],
+    length: int,
+    grad: bool,
+    config: str = "",
+    options: Collection[str] = (),
+) -> KernelFunction:
+    """The kernel's function for a call.
+
+    Args:
+        operation: The operation's name.
+        like: A tensor of the call, for its device and floating type.
+        dims: The sizes that do not change from call to call, by name.
+        length: The one that does.
+        grad: Whether a backward pass may follow.
+        config: A module's token; empty for the environment's configuration.
+        options: Optional features in use.
+
+    Raises:
+        KernelUnavailable: See `decide`.
+    """
+    name = _chosen(
+        operation,
+        config,
+        like.device.type,
+        like.device.index,
+        floating_type(like),
+        grad,
+        torch.compiler.is_compiling(),
+        length_class(operation, length),
+        tuple(dims.items()),
+        tuple(sorted(options)),
+    )
+    if _recorders and not torch.compiler.is_compiling():
+        for recorder in _recorders:
+            recorder.append(name)
+    function: KernelFunction = getattr(_loaded, name)
+    return function
+
+
+@torch.compiler.assume_constant_result
+def _chosen(
+    operation: str,
+    config: str,
+    device: str,
+    index: int | None,
+    dtype: torch.dtype,
+    grad: bool,
+    compiled: bool,
+    length: int,
+    dims: tuple[tuple[str, int], ...],
+    options: tuple[str, ...],
+) -> str:
+    """The name under which the kernel stands in `_loaded`; Dynamo runs this while tracing and keeps the answer."""
+    config = config or _environment_token(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+    key = (operation, config, device, index, dtype, grad, compiled, length, dims, options)
+    name = _decided.get(key)
+    if name is None:
+        settings = settings_of(config)
+        decision = decide(
+            Request(
+                operation=operation,
+                device=device,
+                capability=machine.capability(device, index),
+                dtype=dtype,
+                precision=settings.precision,
+                grad=grad,
+                compiled=compiled,
+                deterministic=settings.deterministic,
+                # The class's shortest length stands for all of it, so that the answer does not depend on who came first.
+                dims=Dims({_operations[operation].length: (0, *thresholds(operation))[length], **dict(dims)}),
+                options=frozenset(options),
+            ),
+            settings,
+        )
+        name = f"{operation}: {decision.kernel.name}"
+        if not hasattr(_loaded, name):
+            setattr(_loaded, name, decision.kernel.load())
+        _decided[key] = name
+    if compiled:
+        for recorder in _recorders:
+            recorder.append(name)
+    return name
+
+
+@contextmanager
+def record_kernels() -> Iterator[list[str]]:
+    """List the kernels that run inside, in order, as "operation: kernel".
+
+    A compiled model records when it is traced, not when its graph runs again.
+    """
+    ran: list[str] = []
+    _recorders.append(ran)
+    try:
+        yield ran
+    finally:
+        # By identity: two empty lists are equal, and `remove` would take the wrong one.
+        _recorders[:] = [recorder for recorder in _recorders if recorder is not ran]

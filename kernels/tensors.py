@@ -1,0 +1,17 @@
+"""Small questions about tensors that several operations ask."""
+
+import torch
+from torch import Tensor
+
+
+def any_requires_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass through any of `tensors` may follow."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def widest(*tensors: Tensor) -> torch.dtype:
+    """The floating type that holds all of `tensors`, and at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
