@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from ..configs.kernel import KernelConfig
 from ..configs.resolve import ResolvedKernel, resolve_kernel
 from . import machine
 from .registry import KernelFallbackWarning, KernelUnavailable, decide, operations, thresholds, token
@@ -84,20 +85,7 @@ class BindReport:
         return {
             "config": self.resolved.config.model_dump(exclude_none=True),
             "sources": dict(self.resolved.sources),
-            "decisions": [
-                {
-                    "operation": decision.request.operation,
-                    "request": str(decision.request),
-                    "kernel": decision.kernel.name,
-                    "source": decision.source,
-                    "rejected": [
-                        {"kernel": name, "why": reason.why, "fix": reason.fix}
-                        for name, reasons in decision.rejected
-                        for reason in reasons
-                    ],
-                }
-                for decision in self.decisions()
-            ],
+            "decisions": [decision_as_dict(decision) for decision in self.decisions()],
             "modules": {
                 bound.module: sorted({f"{d.request.operation}: {d.kernel.name}" for d in bound.decisions})
                 for bound in self.modules
@@ -110,13 +98,12 @@ class BindReport:
         for operation, names in self.kernels().items():
             users = sum(any(d.request.operation == operation for d in bound.decisions) for bound in self.modules)
             lines.append(f"  {operation}: {' or '.join(names)} (in {users} module{'s' if users != 1 else ''})")
-        for line in dict.fromkeys(
+        lines += dict.fromkeys(
             f"    not {name}: {reason}"
             for decision in self.decisions()
             for name, reasons in decision.rejected
             for reason in reasons
-        ):
-            lines.append(line)
+        )
         lines += [f"  cannot run: {request}" for request, _ in self.refused]
         return "\n".join(lines)
 
@@ -145,14 +132,14 @@ def bind(
     """
     resolved = resolve_kernel(kernel, command_line=command_line, file=file)
     words = token(resolved.config)
-    device, dtype = _where(model)
+    place = place_of(model)
     bound, refused, errors = [], [], {}
-    users = [(name, module) for name, module in model.named_modules() if isinstance(module, Bindable)]
+    users = users_of(model)
     for name, module in users:
         decisions = []
         for use in module.kernel_uses():
             served = False
-            for request in _requests(use, resolved, device, dtype):
+            for request in requests_of(use, resolved.config, place):
                 try:
                     decisions.append(decide(request, resolved.config))
                     served = True
@@ -169,28 +156,74 @@ def bind(
     return report
 
 
-def _where(model: torch.nn.Module) -> tuple[torch.device, torch.dtype]:
+@dataclass(frozen=True)
+class Place:
+    """Where a model computes, as far as a request tells: the device's type, an NVIDIA GPU's capability, the type."""
+
+    device: str
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+
+
+def place_of(model: torch.nn.Module) -> Place:
+    """Where a model's parameters are."""
+    device, dtype = torch.device("cpu"), torch.get_default_dtype()
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
-            return tensor.device, tensor.dtype
-    return torch.device("cpu"), torch.get_default_dtype()
+            device, dtype = tensor.device, tensor.dtype
+            break
+    return Place(device.type, machine.capability(device.type, device.index), dtype)
 
 
-def _requests(use: Use, resolved: ResolvedKernel, device: torch.device, dtype: torch.dtype) -> Iterator[Request]:
-    """Inference and training, at the shortest length of each class."""
-    for length in (0, *thresholds(use.operation)):
-        for grad in (False, True):
+def users_of(model: torch.nn.Module) -> list[tuple[str, Bindable]]:
+    """The modules inside `model` that call kernels, by name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Bindable)]
+
+
+def requests_of(
+    use: Use,
+    config: KernelConfig,
+    place: Place,
+    lengths: Iterable[int] | None = None,
+    grads: Iterable[bool] = (False, True),
+) -> Iterator[Request]:
+    """The requests that a use makes.
+
+    Args:
+        use: The operation and its sizes.
+        config: What the module was given.
+        place: Where it computes.
+        lengths: The lengths to ask for; the shortest of each length class when None.
+        grads: Inference (False) and training (True).
+    """
+    for length in (0, *thresholds(use.operation)) if lengths is None else lengths:
+        for grad in grads:
             yield Request(
                 operation=use.operation,
-                device=device.type,
-                capability=machine.capability(device.type, device.index),
-                dtype=dtype,
+                device=place.device,
+                capability=place.capability,
+                dtype=place.dtype,
                 dims=Dims({operations()[use.operation].length: length, **use.dims}),
-                precision=resolved.config.precision,
+                precision=config.precision,
                 grad=grad,
-                deterministic=resolved.config.deterministic,
+                deterministic=config.deterministic,
                 options=frozenset(use.options),
             )
+
+
+def decision_as_dict(decision: Decision) -> dict[str, Any]:
+    """A decision as plain data."""
+    return {
+        "operation": decision.request.operation,
+        "request": str(decision.request),
+        "kernel": decision.kernel.name,
+        "source": decision.source,
+        "rejected": [
+            {"kernel": name, "why": reason.why, "fix": reason.fix}
+            for name, reasons in decision.rejected
+            for reason in reasons
+        ],
+    }
 
 
 def _warn(report: BindReport) -> None:

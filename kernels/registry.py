@@ -202,7 +202,7 @@ def _environment_token(variable: str) -> str:
 @torch.compiler.assume_constant_result
 def precision(config: str) -> str:
     """What the configuration behind a token allows a kernel to round to; the empty token reads the environment."""
-    return settings_of(config or _environment_token(os.environ.get(ENVIRONMENT_VARIABLE, ""))).precision
+    return settings_of(_token(config)).precision
 
 
 def token(config: KernelConfig) -> str:
@@ -289,27 +289,10 @@ def _chosen(
     options: tuple[str, ...],
 ) -> str:
     """The name under which the kernel stands in `_loaded`; Dynamo runs this while tracing and keeps the answer."""
-    config = config or _environment_token(os.environ.get(ENVIRONMENT_VARIABLE, ""))
-    key = (operation, config, device, index, dtype, grad, compiled, length, dims, options)
+    key = (operation, _token(config), device, index, dtype, grad, compiled, length, dims, options)
     name = _decided.get(key)
     if name is None:
-        settings = settings_of(config)
-        decision = decide(
-            Request(
-                operation=operation,
-                device=device,
-                capability=machine.capability(device, index),
-                dtype=dtype,
-                precision=settings.precision,
-                grad=grad,
-                compiled=compiled,
-                deterministic=settings.deterministic,
-                # The class's shortest length stands for all of it, so that the answer does not depend on who came first.
-                dims=Dims({_operations[operation].length: (0, *thresholds(operation))[length], **dict(dims)}),
-                options=frozenset(options),
-            ),
-            settings,
-        )
+        decision = _decision(*key)
         name = f"{operation}: {decision.kernel.name}"
         if not hasattr(_loaded, name):
             setattr(_loaded, name, decision.kernel.load())
@@ -318,6 +301,87 @@ def _chosen(
         for recorder in _recorders:
             recorder.append(name)
     return name
+
+
+def _token(config: str) -> str:
+    """A module's token, or the environment's where the module has none."""
+    return config or _environment_token(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+
+
+def _request(
+    operation: str,
+    config: str,
+    device: str,
+    index: int | None,
+    dtype: torch.dtype,
+    grad: bool,
+    compiled: bool,
+    length: int,
+    dims: tuple[tuple[str, int], ...],
+    options: tuple[str, ...],
+) -> Request:
+    settings = settings_of(_token(config))
+    return Request(
+        operation=operation,
+        device=device,
+        capability=machine.capability(device, index),
+        dtype=dtype,
+        precision=settings.precision,
+        grad=grad,
+        compiled=compiled,
+        deterministic=settings.deterministic,
+        # The class's shortest length stands for all of it, so that the answer does not depend on who came first.
+        dims=Dims({operations()[operation].length: (0, *thresholds(operation))[length], **dict(dims)}),
+        options=frozenset(options),
+    )
+
+
+def _decision(operation: str, config: str, *call: Any) -> Decision:
+    return decide(_request(operation, config, *call), settings_of(_token(config)))
+
+
+def common_kernel(
+    operation: str, like: Tensor, *, dims: Mapping[str, int], length: int, grad: bool, config: str = ""
+) -> bool:
+    """Whether an operation that fuses others serves in their place.
+
+    It does where each of them would run a kernel of the same name, and the fused operation has a kernel of that name
+    without a reason against the request. So what the user says of the parts holds for the whole.
+
+    Args:
+        operation: The fused operation's name.
+        like: As `function_for` takes it, and so are the rest.
+        dims: The sizes of all parts.
+        length: The length.
+        grad: Whether a backward pass may follow.
+        config: A module's token.
+    """
+    call = (
+        config,
+        like.device.type,
+        like.device.index,
+        floating_type(like),
+        grad,
+        torch.compiler.is_compiling(),
+        length_class(operation, length),
+        tuple(dims.items()),
+        (),
+    )
+    return _common(operation, call)
+
+
+@torch.compiler.assume_constant_result
+def _common(operation: str, call: tuple[Any, ...]) -> bool:
+    fused = operations()[operation]
+    names = set()
+    for part in fused.fuses:
+        mine = {name for name in _operations[part].dims}
+        dims = tuple((name, size) for name, size in call[7] if name in mine)
+        names.add(_decision(part, *call[:7], dims, call[8]).kernel.name)
+    if len(names) != 1:
+        return False
+    kernel = _kernels[operation].get(names.pop())
+    return kernel is not None and not reasons_against(kernel, _request(operation, *call))
 
 
 @contextmanager

@@ -102,6 +102,8 @@ class Operation:
         dims: The names of the sizes that a request carries.
         length: The one among them that varies from call to call: the number of residues or tokens.
         options: The names of optional features that a call may use.
+        fuses: For several operations in one: which. It is used where all of them would run kernels of one name, and it
+            has a kernel of that name that serves.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Operation:
     dims: tuple[str, ...]
     length: str = "n"
     options: tuple[str, ...] = ()
+    fuses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class Kernel:
         needs: Requirements on packages, as pip writes them.
         backward: Whether it has a backward pass.
         deterministic: Whether its results are the same in every run.
-        thresholds: The lengths at which `supports` changes its answer, if any: it may compare the length with these only.
+        thresholds: The lengths at which `supports` changes its answer: it may compare the length with these only.
     """
 
     operation: str

@@ -5,7 +5,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from ..kernels.edge_transition_attention import edge_transition_attention, pays
 
 from .edge_transition import EdgeTransition
 from .invariant_point_attention import InvariantPointAttention
@@ -51,6 +54,8 @@ class Trunk(nn.ModuleDict):
         frames: Rigid,
         mask: Bool[Tensor, "b n"],
         moves: Float[Tensor, "b n"],
+        *,
+        consume_z: bool = False,
     ) -> tuple[Float[Tensor, "b n c_s"], Rigid]:
         """Run the blocks.
 
@@ -60,21 +65,65 @@ class Trunk(nn.ModuleDict):
             frames: Frames in nanometres.
             mask: True for residues that take part.
             moves: 1 for residues whose frames are updated.
+            consume_z: Whether z may be overwritten where no backward pass follows: it saves one pair representation.
 
         Returns:
             The single representation and the frames, in nanometres.
         """
         there = mask[..., None].to(nodes.dtype)
+        attended = self["ipa_0"](nodes, z, frames, mask)
         for b in range(self.num_blocks):
-            attended = self[f"ipa_{b}"](nodes, z, frames, mask)
             if self.checkpointing and self.training and torch.is_grad_enabled():
                 nodes = checkpoint(self._update_nodes, b, nodes, attended, mask, there, use_reentrant=False)
             else:
                 nodes = self._update_nodes(b, nodes, attended, mask, there)
             frames = frames.compose_update(self[f"bb_update_{b}"](nodes), moves)
             if b < self.num_blocks - 1:
-                z = self[f"edge_transition_{b}"](nodes, z, mask)
+                last = b == self.num_blocks - 2
+                overwrite_z = consume_z or b > 0  # from the second block on, the trunk made z itself
+                z, attended = self._pair_pass(b, nodes, z, frames, mask, keep_z=not last, overwrite_z=overwrite_z)
         return nodes, frames
+
+    def _pair_pass(
+        self,
+        b: int,
+        nodes: Tensor,
+        z: Tensor,
+        frames: Rigid,
+        mask: Bool[Tensor, "b n"],
+        *,
+        keep_z: bool,
+        overwrite_z: bool,
+    ) -> tuple[Tensor, Float[Tensor, "b n c_s"]]:
+        """Block b's edge transition and the next block's IPA. Both see the same residues, so one pass may do both."""
+        transition: EdgeTransition = self[f"edge_transition_{b}"]
+        attention: InvariantPointAttention = self[f"ipa_{b + 1}"]
+        grad = torch.is_grad_enabled() and (z.requires_grad or transition.final_layer.weight.requires_grad)
+        dims = {**transition.kernel_uses()[0].dims, **attention.kernel_uses()[0].dims}
+        alone = (self.training and attention.dropout_prob > 0) or transition.kernel_config != attention.kernel_config
+        if alone or not pays(z, dims=dims, grad=grad, config=attention.kernel_config):
+            z = transition(nodes, z, mask)
+            return z, attention(nodes, z, frames, mask)
+        q, k, v, q_points, k_points, v_points = attention.project(nodes, frames)
+        out = edge_transition_attention(
+            transition.initial_embed(nodes),
+            z,
+            transition.weights(),
+            q,
+            k,
+            v,
+            q_points,
+            k_points,
+            v_points,
+            F.softplus(attention.head_weights),
+            attention.linear_b.weight,
+            mask,
+            eps=transition.layer_norm.eps,
+            keep_z=keep_z,
+            overwrite_z=overwrite_z,
+            config=attention.kernel_config,
+        )
+        return z if out.z is None else out.z, attention.combine(out.values, out.points, out.pair, frames)
 
     def _update_nodes(
         self, b: int, nodes: Tensor, attended: Tensor, mask: Bool[Tensor, "b n"], there: Tensor

@@ -75,45 +75,98 @@ def attention_rows(
     return torch.softmax(logits, -1, out=logits)
 
 
-def forward_rows(
-    attention: Float[Tensor, "h rows n"],
-    v: Float[Tensor, "h n dv"],
-    z: Float[Tensor, "rows n cz"],
-    there: Bool[Tensor, " rows"],
-    out: Float[Tensor, "h rows dv"],
-    pair: Float[Tensor, "rows h cz"],
-) -> None:
-    """Average the values and the pair representation over the keys, into `out` and `pair`."""
-    out.copy_(torch.bmm(attention, v))
-    pair.copy_(torch.bmm(attention.transpose(0, 1).to(z.dtype), z))
-    gone = ~there
-    out.masked_fill_(gone[None, :, None], 0.0)
-    pair.masked_fill_(gone[:, None, None], 0.0)
+class Forward:
+    """A forward pass over all blocks, of all heads: give it each block of z, then take `out` and `pair`.
+
+    Args:
+        q: Lifted queries [b, h, n, d].
+        k: Lifted keys [b, h, n, d].
+        v: Lifted values [b, h, n, dv].
+        bias_weight: [h, cz].
+        there: [b, n], False for queries that get zeros.
+        pair_mask: [b, n, n], or None.
+        dtype: The type in which blocks of z are multiplied.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias_weight: Tensor,
+        there: Tensor,
+        pair_mask: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        b, h, n, _ = q.shape
+        self.q, self.v, self.there, self.pair_mask = q, v, there, pair_mask
+        self.k_transposed = k.transpose(2, 3).contiguous()
+        self.weight = (sqrt(1 / 3) * bias_weight).to(dtype).t().contiguous()
+        self.out = q.new_empty(b, h, n, v.shape[-1])
+        self.pair = q.new_empty(b, n, h, bias_weight.shape[1])
+
+    def attend(self, i: int, rows: slice, z: Float[Tensor, "rows n cz"]) -> Float[Tensor, "h rows n"]:
+        """The attention weights of a block."""
+        allowed = None if self.pair_mask is None else self.pair_mask[i, rows]
+        return attention_rows(self.q[i, :, rows], self.k_transposed[i], z, self.weight, allowed)
+
+    def block(self, i: int, rows: slice, z: Float[Tensor, "rows n cz"]) -> None:
+        """Average the values and the pair representation over the keys."""
+        attention = self.attend(i, rows, z)
+        gone = ~self.there[i, rows]
+        out, pair = self.out[i, :, rows], self.pair[i, rows]
+        out.copy_(torch.bmm(attention, self.v[i])).masked_fill_(gone[None, :, None], 0.0)
+        pair.copy_(torch.bmm(attention.transpose(0, 1).to(z.dtype), z)).masked_fill_(gone[:, None, None], 0.0)
 
 
-def backward_rows(
-    attention: Float[Tensor, "h rows n"],
-    d_out: Float[Tensor, "h rows dv"],
-    d_pair: Float[Tensor, "rows h cz"],
-    v_transposed: Float[Tensor, "h dv n"],
-    z: Float[Tensor, "rows n cz"],
-) -> Float[Tensor, "h rows n"]:
-    """The gradient of the logits: dL = a (dA - sum_j a dA), where dA collects what values and pair values ask for."""
-    d_attention = torch.bmm(d_out, v_transposed)
-    d_attention += torch.bmm(d_pair.to(z.dtype), z.transpose(1, 2)).transpose(0, 1)
-    d_attention -= (d_attention * attention).sum(-1, keepdim=True)
-    return d_attention.mul_(attention)
+class Backward(Forward):
+    """A backward pass over all blocks: the attention is computed again. Arguments as `Forward`, after the gradients.
 
+    Args:
+        d_out: Gradient of `out`.
+        d_pair: Gradient of `pair`.
+    """
 
-def backward_pair_rows(
-    attention: Float[Tensor, "h rows n"],
-    d_logits: Float[Tensor, "h rows n"],
-    d_pair: Float[Tensor, "rows h cz"],
-    bias_weight: Float[Tensor, "h cz"],
-    dtype: torch.dtype,
-) -> Float[Tensor, "rows n cz"]:
-    """The gradient of a block of z: the logits' and the pair values' share in one product, [dL | a] @ [W_b ; dO]."""
-    rows = attention.shape[1]
-    left = torch.cat([d_logits, attention]).permute(1, 2, 0)
-    right = torch.cat([bias_weight.expand(rows, -1, -1), d_pair], dim=1)
-    return torch.bmm(left.to(dtype), right.to(dtype))
+    def __init__(
+        self,
+        d_out: Tensor,
+        d_pair: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias_weight: Tensor,
+        there: Tensor,
+        pair_mask: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(q, k, v, bias_weight, there, pair_mask, dtype)
+        # A query that is not there passes no gradient, whatever arrives at its zeros.
+        self.d_out = d_out.masked_fill(~there[:, None, :, None], 0.0)
+        self.d_pair = d_pair.masked_fill(~there[:, :, None, None], 0.0)
+        self.k, self.v_transposed = k, v.transpose(2, 3).contiguous()
+        self.scaled_weight = sqrt(1 / 3) * bias_weight.to(q.dtype)
+        self.dq, self.dk, self.dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        self.d_weight = torch.zeros_like(bias_weight, dtype=q.dtype)
+
+    def block_gradient(self, i: int, rows: slice, z: Float[Tensor, "rows n cz"]) -> Float[Tensor, "rows n cz"]:
+        """The gradient of a block of z; the others are added up."""
+        d_out, d_pair = self.d_out[i, :, rows], self.d_pair[i, rows]
+        attention = self.attend(i, rows, z)
+        # dL = a (dA - sum_j a dA), where dA collects what the values and the pair values ask for.
+        d_logits = torch.bmm(d_out, self.v_transposed[i])
+        d_logits += torch.bmm(d_pair.to(z.dtype), z.transpose(1, 2)).transpose(0, 1)
+        d_logits -= (d_logits * attention).sum(-1, keepdim=True)
+        d_logits *= attention
+
+        self.dq[i, :, rows] = torch.bmm(d_logits, self.k[i])
+        self.dk[i].baddbmm_(d_logits.transpose(1, 2), self.q[i, :, rows])
+        self.dv[i].baddbmm_(attention.transpose(1, 2), d_out)
+        self.d_weight += torch.bmm(d_logits.transpose(0, 1).to(z.dtype), z).sum(0, dtype=self.d_weight.dtype)
+        # The logits' and the pair values' share of z's gradient in one product: [dL | a] @ [W_b ; dO].
+        left = torch.cat([d_logits, attention]).permute(1, 2, 0)
+        right = torch.cat([self.scaled_weight.expand(z.shape[0], -1, -1), d_pair], dim=1)
+        return torch.bmm(left.to(z.dtype), right.to(z.dtype))
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The gradients of q, k, v and bias_weight."""
+        return self.dq, self.dk, self.dv, sqrt(1 / 3) * self.d_weight

@@ -1,0 +1,41 @@
+"""Multiflow: its checkpoints, its model, its sampling. `from foldkernels.compat import multiflow`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import read_checkpoint, write_safetensors
+    from .configuration import ModelConfig
+    from .interpolant import Interpolant
+    from .loading import load
+    from .model import FlowModel
+    from .sampling import run_sampling
+
+# Loaded when asked for: reading a checkpoint needs none of what sampling needs.
+_HOMES = {
+    "FlowModel": "model",
+    "Interpolant": "interpolant",
+    "ModelConfig": "configuration",
+    "load": "loading",
+    "read_checkpoint": "checkpoint",
+    "run_sampling": "sampling",
+    "write_safetensors": "checkpoint",
+}
+
+__all__ = [
+    "FlowModel",
+    "Interpolant",
+    "ModelConfig",
+    "load",
+    "read_checkpoint",
+    "run_sampling",
+    "write_safetensors",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

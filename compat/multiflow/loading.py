@@ -1,0 +1,115 @@
+"""From a checkpoint on disk to a model that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from ...configs.options import FoldkernelsConfig
+from ...kernels.binding import bind
+from ..errors import BadInput
+from .checkpoint import Checkpoint, mismatch_report, read_checkpoint
+from .configuration import model_section
+from .model import FlowModel
+
+
+def load(
+    path: str | Path,
+    kernel: Any = None,
+    device: str | torch.device | None = None,
+    *,
+    command_line: Iterable[str] = (),
+) -> FlowModel:
+    """A model with a checkpoint's weights, on the kernels that you name, in eval mode.
+
+    Args:
+        path: A folder with last.ckpt (or model.safetensors) and config.yaml, or such a file. No code in it is run.
+        kernel: A word, a mapping or a `KernelConfig`; by default the environment, then the `kernel:` section of the
+            checkpoint's config, then auto.
+        device: Where the model goes; by default the CPU.
+        command_line: The values of `--kernel`.
+
+    Returns:
+        The model. `model.config` is the checkpoint's whole config, `model.kernels` what was bound and why.
+
+    Raises:
+        BadInput: The checkpoint cannot be read, or its weights do not fit its config.
+        KernelUnavailable: A required kernel cannot run here.
+    """
+    return build(read_checkpoint(path), kernel, device, command_line=command_line)
+
+
+def build(
+    checkpoint: Checkpoint,
+    kernel: Any = None,
+    device: str | torch.device | None = None,
+    *,
+    command_line: Iterable[str] = (),
+) -> FlowModel:
+    """As `load`, from a checkpoint that has been read."""
+    model = FlowModel(model_section(checkpoint.config, checkpoint.source), _options(checkpoint))
+    _load_weights(model, checkpoint)
+    model.to(_device(device))
+    model.config = checkpoint.config
+    model.kernels = bind(model, kernel, command_line=command_line, file=_section(checkpoint, "kernel"))
+    return model.eval()
+
+
+def _load_weights(model: FlowModel, checkpoint: Checkpoint) -> None:
+    wanted, found = model.state_dict(), checkpoint.state_dict
+    report = mismatch_report(
+        [name for name in wanted if name not in found],
+        [name for name in found if name not in wanted],
+        [
+            (name, wanted[name].shape, found[name].shape)
+            for name in wanted
+            if name in found and wanted[name].shape != found[name].shape
+        ],
+    )
+    if report:
+        raise BadInput(
+            f"{checkpoint.source}: its weights do not fit the model that its config describes.\n{report}",
+            "use the config.yaml that was written with these weights.",
+        )
+    model.load_state_dict(found, strict=True)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        wanted = torch.device(device or "cpu")
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadInput(
+            f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}", "use --device cpu, cuda or mps."
+        ) from None
+    return wanted
+
+
+def _section(checkpoint: Checkpoint, name: str) -> Any:
+    """A section of ours, resolved from the root; None where there is none."""
+    try:
+        # Not `name in config`: that is false for a reference to nothing, too.
+        section = OmegaConf.select(checkpoint.config, name, throw_on_missing=True)
+        if OmegaConf.is_config(section):
+            return OmegaConf.to_container(section, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise BadInput(f"{checkpoint.source}: the config's section `{name}:` does not resolve ({reason}).") from error
+    return section
+
+
+def _options(checkpoint: Checkpoint) -> FoldkernelsConfig:
+    try:
+        return FoldkernelsConfig.model_validate(_section(checkpoint, "foldkernels") or {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadInput(
+            f"{checkpoint.source}: {'.'.join(['foldkernels', *map(str, first['loc'])])}: {first['msg']}",
+            f"the section's keys are {', '.join(FoldkernelsConfig.model_fields)}.",
+        ) from None
