@@ -74,7 +74,7 @@ class InvariantPointAttention(KernelModule):
         self.linear_out = Linear(heads * (pair + self.c_hidden + 4 * self.no_v_points), self.c_s, init="final")
 
     def kernel_uses(self) -> list[Use]:
-        """IPA, with dropped logits if this layer drops any."""
+        """IPA; with dropped logits when training, if this layer drops any."""
         dims = {
             "h": self.no_heads,
             "c": self.c_hidden,
@@ -82,9 +82,8 @@ class InvariantPointAttention(KernelModule):
             "pv": self.no_v_points,
             "cz": self.c_z,
         }
-        return [
-            Use("invariant_point_attention", dims, ("logit_dropout",) if self.dropout_prob > 0 else ()),
-        ]
+        dropped = [Use("invariant_point_attention", dims, ("logit_dropout",))] if self.dropout_prob > 0 else []
+        return [Use("invariant_point_attention", dims), *dropped]
 
     def forward(
         self,
@@ -147,10 +146,11 @@ class InvariantPointAttention(KernelModule):
         return q, k, v, q_points, k_points, v_points
 
     def combine(self, out: Tensor, out_points: Tensor, out_pair: Tensor, frames: Rigid) -> Float[Tensor, "b n c_s"]:
-        """Points back into each residue's frame, the pair values through `down_z`, everything through the last layer."""
+        """Points back into each residue's frame, the pair values through `down_z`, all through the last layer."""
         with torch.autocast(out.device.type, enabled=False):
             local = frames.invert_apply(out_points)
-            norms = (local.square().sum(-1) + self.eps).sqrt()
+            x, y, z = local.unbind(-1)
+            norms = (x * x + y * y + z * z + self.eps).sqrt()
         if self.down_z is not None:
             # The weights sum to one, so the mean of the projections is the projection of the mean.
             out_pair = self.down_z(out_pair)
@@ -158,7 +158,7 @@ class InvariantPointAttention(KernelModule):
         features = torch.cat(
             [
                 out.flatten(2),
-                *(local[..., axis].flatten(2).to(dtype) for axis in range(3)),
+                *(axis.flatten(2).to(dtype) for axis in (x, y, z)),
                 norms.flatten(2).to(dtype),
                 out_pair.flatten(2).to(dtype),
             ],
