@@ -53,7 +53,8 @@ def register(kernel: Kernel | None = None, /, **fields: Any) -> Kernel:
     """Make a kernel known; it replaces one of the same operation and name.
 
     Args:
-        kernel: The record; or give its fields by name.
+        kernel: The record.
+        **fields: Its fields, in place of a record.
 
     Returns:
         The record.
@@ -193,7 +194,7 @@ def _refusal(request: Request, source: str, rejected: list[tuple[str, tuple[Reas
 
 
 class _Loaded:
-    """Loaded kernels as attributes `<operation>:<kernel>`: Dynamo can guard one attribute, but not the whole registry."""
+    """Loaded kernels as attributes `<operation>: <kernel>`: Dynamo guards one attribute, not the whole registry."""
 
 
 _loaded = _Loaded()

@@ -72,12 +72,13 @@ def layer_norm_rows_backward(
     d_out = d_out.reshape(x.shape).to(x.dtype)
     shape = x.shape[-1:]
     _, mean, inverse_std = torch.native_layer_norm(x, shape, weight, bias, eps)
+    d_x: Tensor
     d_x, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
         d_out, x, shape, mean, inverse_std, weight, bias, [True, True, True]
     )
     d_weight.add_(of_weight)
     d_bias.add_(of_bias)
-    return d_x  # type: ignore[no-any-return]
+    return d_x
 
 
 def zeros_like_wide(part: Tensor) -> Tensor:

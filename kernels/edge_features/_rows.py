@@ -1,8 +1,8 @@
 """Edge features over one block of query rows: the pieces that the streamed kernel is made of.
 
 The first layer acts on the concatenated features of a pair, most of which take few values: what depends on one residue
-is computed once a residue, the sequence distance takes 2n - 1 values, and the two distograms and the chain flag together
-select one row of a small table.
+is computed once a residue, the sequence distance takes 2n - 1 values, and the two distograms and the chain flag
+together select one row of a small table.
 """
 
 from typing import NamedTuple
@@ -21,9 +21,9 @@ from .reference import bin_edges
 class Split(NamedTuple):
     """What a block needs.
 
-    Shapes: first_i, first_j [b, n, cz], the residues' shares of the first layer, with its bias; relpos [2n - 1, cz], the
-    share of the sequence distance, from n - 1 down to 1 - n; bins [(num_bins + 1)^2 * (1 or 2), cz], the share of the
-    distograms and the chain flag; weight_2, weight_3 [cz, cz]; bias_2, bias_3, norm_weight, norm_bias [cz].
+    Shapes: first_i, first_j [b, n, cz], the residues' shares of the first layer, with its bias; relpos [2n - 1, cz],
+    the share of the sequence distance, from n - 1 down to 1 - n; bins [(num_bins + 1)^2 * (1 or 2), cz], the share of
+    the distograms and the chain flag; weight_2, weight_3 [cz, cz]; bias_2, bias_3, norm_weight, norm_bias [cz].
     """
 
     first_i: Tensor
@@ -79,9 +79,8 @@ def split(
     bins = (table[:, None] + table_sc[None]).flatten(0, 1)
     if with_chain:
         bins = torch.cat([bins, bins + rest[0].t()])
-    return Split(
-        first_i, first_j, relpos @ of_relpos.t(), bins, weights[1], biases[1], weights[2], biases[2], norm_weight, norm_bias
-    )
+    residues, pairs = (first_i, first_j, relpos @ of_relpos.t(), bins), (weights[1], biases[1], weights[2], biases[2])
+    return Split(*residues, *pairs, norm_weight, norm_bias)
 
 
 def _bin(positions: Float[Tensor, "n 3"], rows: slice, num_bins: int) -> Int[Tensor, "rows n"]:

@@ -70,7 +70,7 @@ def prepare(parts: Split, dtype: torch.dtype) -> Split:
 
 
 class Hidden(NamedTuple):
-    """What a block passes through, [rows * n, ...]: both hidden layers after their ReLU, and the last layer's output."""
+    """What a block passes through, [pairs, ...]: both hidden layers after their ReLU, and the last layer's output."""
 
     first: Tensor
     second: Tensor

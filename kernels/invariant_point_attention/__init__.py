@@ -1,4 +1,4 @@
-"""Invariant point attention (IPA): attention over residues by scalars, by points in space, and by the pair representation.
+"""Invariant point attention (IPA): attention by scalars, by points in space, and by the pair representation.
 
 Jumper et al. 2021, Supplementary Algorithm 22, lines 7 to 11. What comes before (projections, moving points into the
 global frame) and after (back into the local frame, the output projection) is the module's.

@@ -57,7 +57,8 @@ def lift(
         [k.to(dtype), k_points.flatten(-2), norm.masked_fill(~mask[:, :, None, None], NEVER)], dim=-1
     )
     lifted_v = torch.cat([v.to(dtype), v_points.flatten(-2)], dim=-1)
-    return Lifted(*(x.transpose(1, 2).contiguous() for x in (lifted_q, lifted_k, lifted_v)), centre)
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (lifted_q, lifted_k, lifted_v))
+    return Lifted(q, k, v, centre)
 
 
 class Forward:
