@@ -244,8 +244,10 @@ def thresholds(operation: str) -> tuple[int, ...]:
 
 def floating_type(like: Tensor) -> torch.dtype:
     """The type that `like` is computed in: its own, or what autocast makes of it."""
-    if torch.is_autocast_enabled(like.device.type) and like.dtype is not torch.float64:
-        return torch.get_autocast_dtype(like.device.type)
+    device = like.device.type
+    # A device without autocast (meta) must not be asked.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return like.dtype if like.dtype is torch.float64 else torch.get_autocast_dtype(device)
     return like.dtype
 
 

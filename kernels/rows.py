@@ -16,9 +16,16 @@ def relu_(x: Tensor) -> Tensor:
     return x.relu_()
 
 
-def relu_backward(gradient: Tensor, after: Tensor) -> Tensor:
-    """The gradient before a ReLU, from the gradient and the value after it."""
-    return torch.ops.aten.threshold_backward(gradient, after, 0)
+def relu_backward_(gradient: Tensor, after: Tensor) -> Tensor:
+    """Make the gradient after a ReLU the one before it, in place."""
+    torch.ops.aten.threshold_backward.grad_input(gradient, after, 0, grad_input=gradient)
+    return gradient
+
+
+def add_rows(rows: Tensor, columns: Tensor, out: Tensor) -> Tensor:
+    """Lay down rows[r] + columns[j] for every pair of a block; `out` is [pairs, c]."""
+    torch.add(rows[:, None], columns, out=out.view(rows.shape[0], *columns.shape))
+    return out
 
 
 def accumulate_(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -1,5 +1,7 @@
 """Small questions about tensors that several operations ask."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -15,3 +17,9 @@ def widest(*tensors: Tensor) -> torch.dtype:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[object]:
+    """Compute what stands inside in the types that it is given. A device that has no autocast (meta) does so anyway."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ..kernels.binding import Use
 from ..kernels.invariant_point_attention import invariant_point_attention
+from ..kernels.tensors import without_autocast
 from .kernel_module import KernelModule
 from .linear import Linear
 from .masks import boolean
@@ -147,7 +148,7 @@ class InvariantPointAttention(KernelModule):
 
     def combine(self, out: Tensor, out_points: Tensor, out_pair: Tensor, frames: Rigid) -> Float[Tensor, "b n c_s"]:
         """Points back into each residue's frame, the pair values through `down_z`, all through the last layer."""
-        with torch.autocast(out.device.type, enabled=False):
+        with without_autocast(out):
             local = frames.invert_apply(out_points)
             x, y, z = local.unbind(-1)
             norms = (x * x + y * y + z * z + self.eps).sqrt()
@@ -170,7 +171,7 @@ class InvariantPointAttention(KernelModule):
 
     def _place(self, flat: Float[Tensor, "b n xyz_points"], frames: Rigid) -> Float[Tensor, "b n h points 3"]:
         b, n, _ = flat.shape
-        with torch.autocast(flat.device.type, enabled=False):
+        with without_autocast(flat):
             # xyz is the outermost axis of the layer's output; frames are never held in 16 bits.
             local = flat.view(b, n, 3, self.no_heads, -1).permute(0, 1, 3, 4, 2).to(frames.trans.dtype)
             return frames.apply(local)

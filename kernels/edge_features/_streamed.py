@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..blocks import block_dtype, row_blocks
+from ..blocks import Scratch, block_dtype, row_blocks
 from ..custom import no_double_backward
 from ..rows import zeros_like_wide
 from ._rows import Geometry, Split, backward_rows, forward_rows
@@ -24,11 +24,13 @@ def edge_features_streamed(
     split = Split(*parts)
     b, n, cz = split.first_j.shape
     out = split.first_j.new_empty(b, n, n, cz, dtype=out_dtype)
-    split = Split(*(part.to(block_dtype(out)) for part in parts))
+    dtype = block_dtype(out)
+    split = Split(*(part.to(dtype) for part in parts))
+    scratch = Scratch(out, dtype)
     geometry = Geometry(positions, positions_sc, chain, num_bins)
     with torch.autocast(out.device.type, enabled=False):
         for i, rows in row_blocks(out):
-            out[i, rows] = forward_rows(split, geometry, i, rows, None if mask is None else mask[i], eps)
+            out[i, rows] = forward_rows(split, geometry, i, rows, None if mask is None else mask[i], eps, scratch)
     return out
 
 
@@ -54,10 +56,11 @@ def edge_features_streamed_backward(
     split = Split(*(part.to(dtype) for part in parts))
     gradients = Split(*(zeros_like_wide(part) for part in parts))
     geometry = Geometry(positions, positions_sc, chain, num_bins)
+    scratch = Scratch(d_out, dtype)
     with torch.autocast(d_out.device.type, enabled=False):
         for i, rows in row_blocks(d_out):
             there = None if mask is None else mask[i]
-            backward_rows(split, gradients, geometry, i, rows, d_out[i, rows].to(dtype), there, eps)
+            backward_rows(split, gradients, geometry, i, rows, d_out[i, rows].to(dtype), there, eps, scratch)
     return [gradient.to(part.dtype) for gradient, part in zip(gradients, parts, strict=True)]
 
 
