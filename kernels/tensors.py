@@ -23,3 +23,10 @@ def without_autocast(like: Tensor) -> AbstractContextManager[object]:
     """Compute what stands inside in the types that it is given. A device that has no autocast (meta) does so anyway."""
     device = like.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def item_masks(mask: Tensor | None, items: int) -> list[Tensor | None]:
+    """The mask of each batch item; None where all of it takes part. A GPU's mask is not looked at: that would wait."""
+    if mask is None:
+        return [None] * items
+    return [None if mask.device.type == "cpu" and bool(item.all()) else item for item in mask]

@@ -6,6 +6,7 @@ from torch import Tensor
 from ..blocks import Scratch, block_dtype, row_blocks
 from ..custom import no_double_backward
 from ..rows import zeros_like_wide
+from ..tensors import item_masks
 from ._rows import Geometry, Split, backward_rows, forward_rows
 
 
@@ -26,11 +27,11 @@ def edge_features_streamed(
     out = split.first_j.new_empty(b, n, n, cz, dtype=out_dtype)
     dtype = block_dtype(out)
     split = Split(*(part.to(dtype) for part in parts))
-    scratch = Scratch(out, dtype)
+    scratch, masks = Scratch(out, dtype), item_masks(mask, b)
     geometry = Geometry(positions, positions_sc, chain, num_bins)
     with torch.autocast(out.device.type, enabled=False):
         for i, rows in row_blocks(out):
-            out[i, rows] = forward_rows(split, geometry, i, rows, None if mask is None else mask[i], eps, scratch)
+            out[i, rows] = forward_rows(split, geometry, i, rows, masks[i], eps, scratch)
     return out
 
 
@@ -56,11 +57,10 @@ def edge_features_streamed_backward(
     split = Split(*(part.to(dtype) for part in parts))
     gradients = Split(*(zeros_like_wide(part) for part in parts))
     geometry = Geometry(positions, positions_sc, chain, num_bins)
-    scratch = Scratch(d_out, dtype)
+    scratch, masks = Scratch(d_out, dtype), item_masks(mask, d_out.shape[0])
     with torch.autocast(d_out.device.type, enabled=False):
         for i, rows in row_blocks(d_out):
-            there = None if mask is None else mask[i]
-            backward_rows(split, gradients, geometry, i, rows, d_out[i, rows].to(dtype), there, eps, scratch)
+            backward_rows(split, gradients, geometry, i, rows, d_out[i, rows].to(dtype), masks[i], eps, scratch)
     return [gradient.to(part.dtype) for gradient, part in zip(gradients, parts, strict=True)]
 
 

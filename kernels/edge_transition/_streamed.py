@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..blocks import Scratch, block_dtype, row_blocks
 from ..custom import no_double_backward
+from ..tensors import item_masks
 from ._rows import Split, backward_rows, forward_rows, hidden_rows, prepare, zero_gradients
 
 
@@ -18,11 +19,10 @@ def edge_transition_streamed(z: Tensor, parts: list[Tensor], mask: Tensor | None
     dtype = block_dtype(z)
     prepared = prepare(Split(*parts), dtype)
     out = z.new_empty(*z.shape[:3], prepared.weight_out.shape[0])
-    scratch = Scratch(z, dtype)
+    scratch, masks = Scratch(z, dtype), item_masks(mask, z.shape[0])
     with torch.autocast(z.device.type, enabled=False):
         for i, rows in row_blocks(z):
-            there = None if mask is None else mask[i]
-            out[i, rows] = forward_rows(prepared, i, rows, z[i, rows].to(dtype), there, eps, scratch)
+            out[i, rows] = forward_rows(prepared, i, rows, z[i, rows].to(dtype), masks[i], eps, scratch)
     return out
 
 
@@ -40,14 +40,13 @@ def edge_transition_streamed_backward(
     prepared = prepare(Split(*parts), dtype)
     gradients = zero_gradients(Split(*parts))
     dz = torch.empty_like(z, memory_format=torch.contiguous_format)
-    scratch = Scratch(z, dtype)
+    scratch, masks = Scratch(z, dtype), item_masks(mask, z.shape[0])
     with torch.autocast(z.device.type, enabled=False):
         for i, rows in row_blocks(z):
-            there = None if mask is None else mask[i]
             z_rows = z[i, rows].to(dtype)
             hidden = hidden_rows(prepared, i, rows, z_rows, scratch)
             d_rows = d_out[i, rows]
-            dz[i, rows] = backward_rows(prepared, gradients, i, rows, z_rows, hidden, d_rows, there, eps, scratch)
+            dz[i, rows] = backward_rows(prepared, gradients, i, rows, z_rows, hidden, d_rows, masks[i], eps, scratch)
     return [dz, *(gradient.to(part.dtype) for gradient, part in zip(gradients, parts, strict=True))]
 
 
