@@ -31,7 +31,8 @@ Examples:
   foldkernels sample weights/ --task forward_folding --pdb 1odh.pdb --num 8 --batch-size 4 --out out/
 \b
 Writes, for each sample:
-  OUT/length_100/sample_0/sample.pdb, sample.fasta   (folding: OUT/length_157/1odh/)
+  OUT/length_100/sample_0/   (folding: OUT/length_157/1odh/)
+    sample.pdb, bb_traj.pdb, x0_traj.pdb, sample.fasta
 and for the run:
   OUT/sample.fasta   all sequences
   OUT/run.json       arguments, versions, kernels that ran, seeds, times
@@ -83,8 +84,12 @@ def run(
         bool, typer.Option("--overwrite", help="Make samples anew that are there already; else they are kept.")
     ] = False,
     trajectories: Annotated[
-        bool, typer.Option("--trajectories", help="Write bb_traj.pdb and x0_traj.pdb, too.")
-    ] = False,
+        bool,
+        typer.Option(
+            "--trajectories/--no-trajectories",
+            help="Whether to write bb_traj.pdb and x0_traj.pdb, every step (some 80 kB a residue at 500 steps).",
+        ),
+    ] = True,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -134,6 +134,9 @@ def test_a_fallback_is_one_line(call, small, tmp_path, monkeypatch):
     assert "attention: torch, not missing" in done.err
 
 
+FILES_OF_A_SAMPLE = {"sample.pdb", "sample.fasta", "bb_traj.pdb", "x0_traj.pdb"}
+
+
 def test_ctrl_c_keeps_what_is_finished(small, tmp_path):
     out = tmp_path / "out"
     words = ["sample", str(small), "--length", "30", "--num", "500", "--timesteps", "20", "--out", str(out)]
@@ -154,7 +157,7 @@ def test_ctrl_c_keeps_what_is_finished(small, tmp_path):
     assert "Traceback" not in errors
     assert "stopped" in errors and printed == ""
     assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
-    assert {file.name for file in first.parent.iterdir()} == {"sample.pdb", "sample.fasta"}
+    assert {file.name for file in first.parent.iterdir()} == FILES_OF_A_SAMPLE
     assert not list(out.rglob("*.partial"))
 
 

@@ -148,36 +148,36 @@ def test_the_global_generators_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_existing_samples_are_kept(tmp_path: Path) -> None:
-    run_sampling(StandIn(), CONFIG, tmp_path, lengths=[5], num=2)
+    run_sampling(StandIn(), CONFIG, tmp_path, lengths=[5], num=2, write_trajectories=False)
     kept = tmp_path / "length_5" / "sample_0"
     (kept / "sample.pdb").write_text("mine")
     (kept / "notes.txt").write_text("mine")
     model = StandIn()
-    run = run_sampling(model, CONFIG, tmp_path, lengths=[5], num=3)
+    run = run_sampling(model, CONFIG, tmp_path, lengths=[5], num=3, write_trajectories=False)
     assert [record.status for record in run.samples] == ["kept", "kept", "written"]
     assert len(model.calls) == 3
     assert (kept / "sample.pdb").read_text() == "mine"
     assert (tmp_path / "sample.fasta").read_text().count(">") == 3
 
     # Trajectories are missing: the sample is made again, the rest of its folder stays.
-    run = run_sampling(StandIn(), CONFIG, tmp_path, lengths=[5], num=1, write_trajectories=True)
+    run = run_sampling(StandIn(), CONFIG, tmp_path, lengths=[5], num=1)
     assert len(run.written) == 1
     assert (kept / "bb_traj.pdb").exists()
     assert (kept / "notes.txt").exists()
 
-    run = run_sampling(StandIn(), CONFIG, tmp_path, lengths=[5], num=1, overwrite=True)
+    run = run_sampling(StandIn(), CONFIG, tmp_path, lengths=[5], num=1, overwrite=True, write_trajectories=False)
     assert len(run.written) == 1
     assert sorted(os.listdir(kept)) == ["sample.fasta", "sample.pdb"]
 
     with pytest.warns(UserWarning, match="keeps samples that were made with another seed, num_timesteps"):
-        run_sampling(StandIn(), CONFIG, tmp_path, lengths=[5], num=2, seed=1, num_timesteps=4)
+        run_sampling(StandIn(), CONFIG, tmp_path, lengths=[5], num=2, seed=1, num_timesteps=4, write_trajectories=False)
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "interrupted"), (RuntimeError, "failed")])
 def test_an_interrupted_run_keeps_what_is_finished(tmp_path: Path, error: type[BaseException], status: str) -> None:
     model = StandIn(fail_at=7, error=error).train()
     with pytest.raises(error, match="stopped here"):
-        run_sampling(model, CONFIG, tmp_path / "a", lengths=[5], num=5)
+        run_sampling(model, CONFIG, tmp_path / "a", lengths=[5], num=5, write_trajectories=False)
     assert model.training
     assert files(tmp_path / "a") == [
         "length_5/sample_0/sample.fasta",
@@ -192,9 +192,9 @@ def test_an_interrupted_run_keeps_what_is_finished(tmp_path: Path, error: type[B
     assert [sample["status"] for sample in account["samples"]] == ["written"] * 2 + ["pending"] * 3
     assert (tmp_path / "a" / "sample.fasta").read_text().count(">") == 2
 
-    run = run_sampling(StandIn(), CONFIG, tmp_path / "a", lengths=[5], num=5)
+    run = run_sampling(StandIn(), CONFIG, tmp_path / "a", lengths=[5], num=5, write_trajectories=False)
     assert len(run.kept) == 2
-    run_sampling(StandIn(), CONFIG, tmp_path / "b", lengths=[5], num=5)
+    run_sampling(StandIn(), CONFIG, tmp_path / "b", lengths=[5], num=5, write_trajectories=False)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
@@ -222,7 +222,7 @@ def model(batch):
     return {"pred_trans": batch["trans_t"], "pred_rotmats": batch["rotmats_t"], "pred_logits": logits,
             "pred_aatypes": logits.argmax(-1)}
 
-run_sampling(model, {"sampling": {"num_timesteps": 3}}, sys.argv[1], lengths=[5], num=2000)
+run_sampling(model, {"sampling": {"num_timesteps": 3}}, sys.argv[1], lengths=[5], num=2000, write_trajectories=False)
 """
 
 
@@ -254,7 +254,9 @@ def test_a_real_ctrl_c(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*no backbone frame")
 def test_inverse_folding_keeps_the_backbone(tmp_path: Path) -> None:
     model = StandIn()
-    run = run_sampling(model, CONFIG, tmp_path, task="inverse_folding", pdb=PDB, num=2, batch_size=2)
+    run = run_sampling(
+        model, CONFIG, tmp_path, task="inverse_folding", pdb=PDB, num=2, batch_size=2, write_trajectories=False
+    )
     assert [record.folder for record in run.samples] == ["length_157/1odh", "length_157/1odh_sample_1"]
     assert files(tmp_path / "length_157" / "1odh") == ["sample.fasta", "sample.pdb", "true_aa.fa"]
     given = read_structure(PDB)
