@@ -287,7 +287,8 @@ def function_for(
         tuple(dims.items()),
         tuple(sorted(options)),
     )
-    if _recorders and not torch.compiler.is_compiling():
+    # In this order: a compiled graph would depend on who is recording, and be made again for each.
+    if not torch.compiler.is_compiling() and _recorders:
         for recorder in _recorders:
             recorder.append(name)
     function: KernelFunction = getattr(_loaded, name)
