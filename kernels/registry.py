@@ -64,8 +64,8 @@ def register(kernel: Kernel | None = None, /, **fields: Any) -> Kernel:
         # A new mapping: another thread may be walking through the old one.
         _kernels[record.operation] = {**_kernels.get(record.operation, {}), record.name: record}
         _loaded.__dict__.pop(f"{record.operation}: {record.name}", None)
-        _decided.clear()
-        _fused.clear()
+        for answers in (_decided, _fused, _thresholds):
+            answers.clear()
     return record
 
 
@@ -200,6 +200,7 @@ class _Loaded:
 _loaded = _Loaded()
 _decided: dict[tuple[Any, ...], str] = {}
 _fused: dict[tuple[Any, ...], bool] = {}
+_thresholds: dict[str, tuple[int, ...]] = {}
 _recorders: list[list[str]] = []
 
 
@@ -237,9 +238,12 @@ def length_class(operation: str, length: int) -> int:
 @torch.compiler.assume_constant_result
 def thresholds(operation: str) -> tuple[int, ...]:
     """The lengths at which some kernel of the operation, or of one that it fuses, changes its mind, in order."""
-    known = operations().get(operation)
-    names = (operation, *known.fuses) if known else (operation,)
-    return tuple(sorted({edge for name in names for kernel in kernels(name).values() for edge in kernel.thresholds}))
+    if operation not in _thresholds:
+        known = operations().get(operation)
+        names = (operation, *known.fuses) if known else (operation,)
+        edges = {edge for name in names for kernel in kernels(name).values() for edge in kernel.thresholds}
+        _thresholds[operation] = tuple(sorted(edges))
+    return _thresholds[operation]
 
 
 def floating_type(like: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ from foldkernels.kernels import registry
 from foldkernels.kernels.attention import reference
 from foldkernels.kernels.requests import Kernel, KernelFunction, Reason, Request
 
-_STATE = ("_operations", "_kernels", "_broken_plugins", "_decided", "_fused")
+_STATE = ("_operations", "_kernels", "_broken_plugins", "_decided", "_fused", "_thresholds")
 
 
 @contextmanager
