@@ -5,6 +5,7 @@ a kernel: a table look-up for a key it has seen, one `decide` for a key it has n
 """
 
 import importlib
+import operator
 import os
 import pkgutil
 import threading
@@ -255,6 +256,11 @@ def floating_type(like: Tensor) -> torch.dtype:
     return like.dtype
 
 
+def _fixed(dims: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """The sizes as constants of a compiled graph: under dynamic=True, Dynamo would take a width for one that varies."""
+    return tuple([(name, operator.index(size)) for name, size in dims.items()])
+
+
 def function_for(
     operation: str,
     like: Tensor,
@@ -288,7 +294,7 @@ def function_for(
         grad,
         torch.compiler.is_compiling(),
         length_class(operation, length),
-        tuple(dims.items()),
+        _fixed(dims),
         tuple(sorted(options)),
     )
     # In this order: a compiled graph would depend on who is recording, and be made again for each.
@@ -389,7 +395,7 @@ def common_kernel(
         grad,
         torch.compiler.is_compiling(),
         length_class(operation, length),
-        tuple(dims.items()),
+        _fixed(dims),
     )
 
 

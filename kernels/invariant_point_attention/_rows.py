@@ -87,7 +87,7 @@ class Forward:
         b, h, n, _ = q.shape
         self.q, self.v, self.there, self.pair_mask = q, v, there, pair_mask
         self.k_transposed = k.transpose(2, 3).contiguous()
-        self.weight = (sqrt(1 / 3) * bias_weight).to(dtype)
+        self.weight = (sqrt(1 / 3) * bias_weight.to(q.dtype)).to(dtype)
         self.out = q.new_empty(b, h, n, v.shape[-1])
         self.pair = q.new_empty(b, n, h, bias_weight.shape[1])
 
