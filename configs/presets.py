@@ -16,6 +16,9 @@ OPERATIONS: tuple[str, ...] = (
     "invariant_point_attention",
     "attention",
     "edge_transition",
+    "triangle_attention",
+    "triangle_multiplication",
+    "attention_pair_bias",
 )
 
 #: The device types that have lists of their own; any other device reads the CPU's.
