@@ -4,6 +4,8 @@ The LayerNorm of the whole pair representation would be as large as that itself;
 size. Both directions are opaque operators, as for every loop over blocks: Dynamo would compile one graph per length.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -11,6 +13,27 @@ from torch import Tensor
 from .blocks import block_dtype, row_blocks
 from .custom import no_double_backward
 from .rows import accumulate_, zeros_like_wide
+
+
+class PairProjection(NamedTuple):
+    """How the pair representation becomes a bias: a LayerNorm and a linear layer; the softmax would remove a constant.
+
+    The LayerNorm's weights are both None where the layer has none.
+    """
+
+    norm_weight: Float[Tensor, " cz"] | None
+    norm_bias: Float[Tensor, " cz"] | None
+    weight: Float[Tensor, "h cz"]
+    eps: float = 1e-5
+
+
+def project(
+    pairs: Float[Tensor, "b h n m"] | Float[Tensor, "b n m cz"], projection: PairProjection | None, dtype: torch.dtype
+) -> Float[Tensor, "b h n m"]:
+    """The bias that a kernel adds to its logits: `pairs` itself where it is the bias already."""
+    if projection is None:
+        return pairs
+    return pair_bias(pairs, *projection).to(dtype)
 
 
 def pair_bias(

@@ -4,13 +4,11 @@ Abramson et al. 2024 (AlphaFold 3), Supplementary Algorithm 24, lines 3 and 5 (t
 AttentionPairBias. What comes before (LayerNorm, projections of q, k, v) and after (gate, output) is the module's.
 """
 
-from typing import NamedTuple
-
 import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..pair_bias import pair_bias
+from ..pair_bias import PairProjection, pair_bias
 from ..registry import floating_type, function_for, register_operation
 from ..requests import Operation
 from ..tensors import any_requires_grad
@@ -26,18 +24,6 @@ OPERATION = register_operation(
         options=("cross",),
     )
 )
-
-
-class PairProjection(NamedTuple):
-    """How the pair representation becomes a bias: a LayerNorm, and a linear layer without bias (the softmax removes it).
-
-    The LayerNorm's weights are both None where the layer has none.
-    """
-
-    norm_weight: Float[Tensor, " cz"] | None
-    norm_bias: Float[Tensor, " cz"] | None
-    weight: Float[Tensor, "h cz"]
-    eps: float = 1e-5
 
 
 def attention_pair_bias(
@@ -81,7 +67,7 @@ def attention_pair_bias(
     pairs = z if bias is None else bias
     assert pairs is not None
     if q.shape[0] % pairs.shape[0]:
-        raise ValueError(f"attention_pair_bias: {q.shape[0]} sequences cannot share {pairs.shape[0]} pair tensors evenly")
+        raise ValueError(f"attention_pair_bias: {q.shape[0]} sequences cannot share {pairs.shape[0]} pair tensors")
     run = function_for(
         OPERATION.name,
         q,
