@@ -28,16 +28,24 @@ class TriangleUpdates(Protocol):
     """A layer with the four triangle updates."""
 
     @property
-    def tri_mul_out(self) -> TriangleMultiplication: ...  # noqa: D102
+    def tri_mul_out(self) -> TriangleMultiplication:
+        """From outgoing edges."""
+        ...
 
     @property
-    def tri_mul_in(self) -> TriangleMultiplication: ...  # noqa: D102
+    def tri_mul_in(self) -> TriangleMultiplication:
+        """From incoming edges."""
+        ...
 
     @property
-    def tri_att_start(self) -> TriangleAttention: ...  # noqa: D102
+    def tri_att_start(self) -> TriangleAttention:
+        """Along rows."""
+        ...
 
     @property
-    def tri_att_end(self) -> TriangleAttention: ...  # noqa: D102
+    def tri_att_end(self) -> TriangleAttention:
+        """Along columns."""
+        ...
 
 
 def update_pairs(
