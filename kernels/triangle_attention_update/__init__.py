@@ -94,8 +94,9 @@ def one_pass(
 ) -> Float[Tensor, "b n n cz"]:
     """The update by a kernel that does all of it."""
     run = function_for(OPERATION.name, z, config=config, **_sizes(z, weights))
+    dtype = floating_type(z)
     with pytorch.autocast(z.device.type, enabled=False):
-        out: Tensor = run(z, mask, weights, ending, eps)
+        out: Tensor = run(z.to(dtype), mask, weights, ending, eps)
     return out
 
 
