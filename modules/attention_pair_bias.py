@@ -90,7 +90,8 @@ class _AttentionPairBias(KernelModule):
                 f"pair representation (or bias) must be {list(wanted)}; it has shape {pairs}. The keys are as many "
                 "sequences as s, and s is the batch times the multiplicity"
             )
-        if mask is not None and tuple(mask.shape) not in {(b, m) for b in (1, pairs[0], sequences)}:
+        # Compared one by one: a set would hash a symbolic length, and compile one graph for each.
+        if mask is not None and not any(tuple(mask.shape) == (b, m) for b in (1, pairs[0], sequences)):
             raise ValueError(
                 f"{name}: the mask has shape {tuple(mask.shape)}; over the keys it must be [{sequences}, {m}]"
             )

@@ -572,3 +572,31 @@ def test_wrong_shapes_are_named() -> None:
         OuterProductMean(C_Z, 3, 4)(z, mask)
     with pytest.raises(ValueError, match="PairWeightedAveraging: the mask"):
         PairWeightedAveraging(C_S, C_Z, 4, 2)(s[:, None], z, mask)
+
+
+# Compilation ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_one_graph_serves_all_lengths(training: bool) -> None:
+    """Whole graphs, with dropout and checkpointing too; one for the first length, one for all others."""
+    module = stack(num_blocks=1, dropout=0.2, activation_checkpointing=training).train(training)
+    bind(module, "torch")
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    for n in (5, 6, 7, 9):
+        given = inputs(n, 1)
+        with torch.set_grad_enabled(training):
+            torch.manual_seed(0)
+            expected = module(*given)
+            torch.manual_seed(0)
+            found = compiled(*given)
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y)
+    assert len(graphs) <= 2
