@@ -1,6 +1,5 @@
 """What stands between the folding trunk and the logits of residue types, where a perceptron alone is not enough."""
 
-import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
@@ -72,6 +71,5 @@ class SequenceIPANet(nn.Module):
             overwrite_z=overwrite_z,
         )
         if self.reads_pairs:
-            dtype: torch.dtype = self.read_pairs.norms[0].weight.dtype
-            nodes = self.read_pairs(nodes, z.to(dtype), node_mask)
+            nodes = self.read_pairs(nodes, z.to(next(self.read_pairs.parameters()).dtype), node_mask)
         return nodes
