@@ -133,7 +133,7 @@ def attend_backward(
     for_weights, for_gradients = _Scratch(q, wide), _Scratch(q, wide)
     for rows in slices(q.shape[0], tile.rows):
         keys, values = k[rows].to(dtype), v[rows].to(dtype)
-        sum_k, sum_v = None, None
+        sum_k, sum_v = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (keys, values))
         for some in slices(q.shape[2], tile.queries):
             queries, d_some = q[rows, :, some].to(dtype), d_out[rows, :, some].to(dtype)
             if mask is not None:
@@ -144,14 +144,12 @@ def attend_backward(
             if out is not None:
                 out[rows, :, some] = weights.to(dtype) @ values
             d_logits = _product(d_some, values.transpose(-1, -2), for_gradients)
-            of_values = weights.to(dtype).transpose(-1, -2) @ d_some
+            sum_v += weights.to(dtype).transpose(-1, -2) @ d_some
             torch.ops.aten._softmax_backward_data(d_logits, weights, -1, wide, grad_input=d_logits)
             d_bias[:, some] += d_logits[0] if len(d_logits) == 1 else d_logits.sum(0)
             d_logits = d_logits.to(dtype)
             d_q[rows, :, some] = (d_logits @ keys).mul_(scale)
-            of_keys = d_logits.transpose(-1, -2) @ queries
-            sum_k = of_keys.to(wide) if sum_k is None else sum_k.add_(of_keys)
-            sum_v = of_values.to(wide) if sum_v is None else sum_v.add_(of_values)
+            sum_k += d_logits.transpose(-1, -2) @ queries
         d_k[rows], d_v[rows] = sum_k, sum_v
     if out is not None and mask is not None:
         out.masked_fill_(_empty(mask), 0.0)
@@ -171,8 +169,8 @@ def streamed(operation: str) -> Any:
         with torch.autocast(q.device.type, enabled=False):
             for item in range(q.shape[0]):
                 allowed = None if mask is None else mask[item]
-                rows_first = (x[item].transpose(0, 1) for x in (q, k, v))
-                attend(*rows_first, bias[item], allowed, out[item].transpose(0, 1))
+                i, j, w, into = (x[item].transpose(0, 1) for x in (q, k, v, out))
+                attend(i, j, w, bias[item], allowed, into)
         return out
 
     @forward.register_fake
@@ -188,9 +186,9 @@ def streamed(operation: str) -> Any:
         with torch.autocast(q.device.type, enabled=False):
             for item in range(q.shape[0]):
                 allowed = None if mask is None else mask[item]
-                given = (x[item].transpose(0, 1) for x in (d_out, q, k, v))
-                asked = (x[item].transpose(0, 1) for x in grads)
-                attend_backward(*given, bias[item], allowed, *asked, d_bias[item])
+                d, i, j, w = (x[item].transpose(0, 1) for x in (d_out, q, k, v))
+                d_i, d_j, d_w = (x[item].transpose(0, 1) for x in grads)
+                attend_backward(d, i, j, w, bias[item], allowed, d_i, d_j, d_w, d_bias[item])
         return grads[0], grads[1], grads[2], d_bias.to(bias.dtype)
 
     @backward.register_fake

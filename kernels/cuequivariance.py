@@ -38,16 +38,22 @@ def against_attention(request: Request) -> list[Reason]:
     shortest = ATTENTION_THRESHOLDS[d < 32]
     if m < shortest:
         reasons.append(
-            Reason(f"cuEquivariance itself runs plain PyTorch up to {shortest - 1} tokens (d = {d})", "use kernel 'torch'")
+            Reason(
+                f"cuEquivariance itself runs plain PyTorch up to {shortest - 1} tokens (d = {d})", "use kernel 'torch'"
+            )
         )
     if request.dtype in _16_BIT and (d > 128 or d % 8):
         reasons.append(Reason(f"head size {d} is not a multiple of 8 up to 128", "use kernel 'torch'"))
     if request.dtype is torch.float32 and (d > 32 or d % 4):
         reasons.append(
-            Reason(f"head size {d} is not a multiple of 4 up to 32, as float32 wants", "use bfloat16, or kernel 'torch'")
+            Reason(
+                f"head size {d} is not a multiple of 4 up to 32, as float32 wants", "use bfloat16, or kernel 'torch'"
+            )
         )
     if request.dtype is torch.float32 and request.grad and request.precision == "float32":
-        reasons.append(Reason("its float32 backward pass computes in tf32", "set precision: tf32, or use kernel 'torch'"))
+        reasons.append(
+            Reason("its float32 backward pass computes in tf32", "set precision: tf32, or use kernel 'torch'")
+        )
     if request.capability is not None and request.capability[0] == 10:
         reasons.append(
             Reason(

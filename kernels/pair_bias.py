@@ -100,9 +100,7 @@ def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward(ctx, d_bias):  # type: ignore[no-untyped-def]
     z, norm_weight, norm_bias, weight = ctx.saved_tensors
-    dz, of_scale, of_shift, of_weight = pair_bias_streamed_backward(
-        d_bias, z, norm_weight, norm_bias, weight, ctx.eps
-    )
+    dz, of_scale, of_shift, of_weight = pair_bias_streamed_backward(d_bias, z, norm_weight, norm_bias, weight, ctx.eps)
     return dz, *((of_scale, of_shift) if norm_weight is not None else (None, None)), of_weight, None
 
 

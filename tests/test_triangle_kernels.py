@@ -78,7 +78,11 @@ def test_streamed_is_the_definition(operation, n, layout, poisoned):
 def test_streamed_is_as_good_as_the_definition(operation, dtype, poisoned):
     """In float32 and bfloat16: at most twice the definition's own error, plus the floor."""
     case = BUILDERS[operation](13, 2, True, 1, 3)
-    rounded = {**case, "values": {k: v if v is None or not v.is_floating_point() else v.to(dtype).double() for k, v in case["values"].items()}}
+    values = {
+        name: value if value is None or not value.is_floating_point() else value.to(dtype).double()
+        for name, value in case["values"].items()
+    }
+    rounded = {**case, "values": values}
     truth = run(rounded, called(case, "reference"), leaves_of(rounded, torch.float64))
     plain = run(rounded, called(case, "reference"), leaves_of(rounded, dtype))
     got = run(rounded, called(case, "torch"), leaves_of(rounded, dtype))
@@ -235,7 +239,8 @@ def _call_pair_bias(x, config):
 
 
 def _call_update(x, config):
-    return (update.triangle_attention_update(x["z"], x["mask"], update.Weights(*x["weights"]), ending=True, config=config),)
+    weights = update.Weights(*x["weights"])
+    return (update.triangle_attention_update(x["z"], x["mask"], weights, ending=True, config=config),)
 
 
 def _call_multiplication(x, config):
@@ -299,7 +304,8 @@ def test_what_masked_keys_hold_is_not_seen(kernel):
             values[name] = values[name].clone()
             values[name][places] = 1e4
         before, after = (
-            run(some, called(case, kernel), leaves_of(some, torch.float32)) for some in (case, {**case, "values": values})
+            run(some, called(case, kernel), leaves_of(some, torch.float32))
+            for some in (case, {**case, "values": values})
         )
         error, name = worst(after, before)
         assert error < 1e-6, name
@@ -321,13 +327,16 @@ def test_sequences_share_a_pair_tensor_in_order(kernel):
 
 
 def test_the_projected_bias_can_be_kept():
-    """`pair_bias` and then the attention is the attention with z, gradients too; without a LayerNorm it is a product."""
+    """`pair_bias` and then the attention is the attention with z, gradients too; the LayerNorm may be missing."""
     r = Draws(4)
     q, k, v = (r.normal(2, 5, 3, 4).requires_grad_() for _ in range(3))
     z = r.normal(2, 5, 5, 6).requires_grad_()
-    how = PairProjection(r.weight(6).requires_grad_(), r.weight(6).requires_grad_(), r.linear(3, 6).requires_grad_(), 1e-3)
+    how = PairProjection(*(w.requires_grad_() for w in (r.weight(6), r.weight(6), r.linear(3, 6))), 1e-3)
     leaves = (q, k, v, z, *how[:3])
-    outs = attention_pair_bias(q, k, v, None, z=z, projection=how), attention_pair_bias(q, k, v, None, bias=pair_bias(z, *how))
+    outs = [
+        attention_pair_bias(q, k, v, None, **how_)
+        for how_ in ({"z": z, "projection": how}, {"bias": pair_bias(z, *how)})
+    ]
     torch.testing.assert_close(*outs)
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), leaves) for out in outs))
     plain = torch.einsum("bijc,hc->bhij", z, how.weight)
@@ -369,7 +378,9 @@ def test_the_update_goes_with_triangle_attention():
             out = update.triangle_attention_update(x["z"], x["mask"], weights, ending=True, eps=1e-3, config=words_)
         found[tuple(ran)] = out
     assert list(found) == [
-        ("triangle_attention_update: torch",), ("triangle_attention_update: reference",), ("triangle_attention: reference",)
+        ("triangle_attention_update: torch",),
+        ("triangle_attention_update: reference",),
+        ("triangle_attention: reference",),
     ]  # fmt: skip
     for out in found.values():
         torch.testing.assert_close(out, found["triangle_attention_update: torch",], rtol=1e-11, atol=1e-11)
@@ -379,7 +390,7 @@ def test_the_update_goes_with_triangle_attention():
 
 
 def _error(got: Tensor, data: Mapping[str, Tensor], valid: Tensor) -> float:
-    return float((got.double() - data["out"])[valid].abs().max())
+    return float((got.detach().double() - data["out"])[valid].abs().max())
 
 
 @each_kernel
@@ -406,7 +417,9 @@ def test_boltz_triangle_attention(ending, ragged, kernel):
 @pytest.mark.parametrize("direction", ["outgoing", "incoming"])
 def test_boltz_triangle_multiplication(direction, kernel):
     data, w = golden("N16", "tri_mul_out" if direction == "outgoing" else "tri_mul_in", x="z", mask="pair_mask_ragged")
-    names = "norm_in.weight norm_in.bias p_in.weight g_in.weight norm_out.weight norm_out.bias p_out.weight g_out.weight"
+    names = (
+        "norm_in.weight norm_in.bias p_in.weight g_in.weight norm_out.weight norm_out.bias p_out.weight g_out.weight"
+    )
     weights = Weights(*(w[name].requires_grad_() for name in names.split()))
     mask, x = data["in.mask"] > 0.5, data["in.x"].requires_grad_()
     out = triangle_multiplication(x, mask, weights, direction, config=words("triangle_multiplication", kernel))

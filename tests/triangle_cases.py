@@ -160,10 +160,14 @@ def attention_pair_bias_case(n: int, b: int, masked: bool, size: int, seed: int)
         values |= {name: r.weight(cz) if n % 2 else None for name in ("norm_weight", "norm_bias")}
 
     def call(x: Values, config: str) -> tuple[Tensor, ...]:
-        how: dict[str, Any] = {"bias": x["bias"]} if given else {
-            "z": x["z"],
-            "projection": PairProjection(x["norm_weight"], x["norm_bias"], x["weight"], 1e-3),
-        }
+        how: dict[str, Any] = (
+            {"bias": x["bias"]}
+            if given
+            else {
+                "z": x["z"],
+                "projection": PairProjection(x["norm_weight"], x["norm_bias"], x["weight"], 1e-3),
+            }
+        )
         return (attention_pair_bias(x["q"], x["k"], x["v"], x["mask"], **how, config=config),)
 
     gone = {} if mask is None else {"k": ~mask, "v": ~mask, "q": (~mask.any(-1))[:, None].expand(s, n)}

@@ -23,9 +23,9 @@ def run(
     given, dtype = q.dtype, widest(q)
     q, k, v, bias = q.to(dtype), k.to(dtype), v.to(dtype), pairs.to(dtype)
     if projection is not None:
-        if projection.norm_weight is not None:
-            norm = (None if w is None else w.to(dtype) for w in projection[:2])
-            bias = F.layer_norm(bias, bias.shape[-1:], *norm, projection.eps)
+        scale, shift = (None if w is None else w.to(dtype) for w in (projection.norm_weight, projection.norm_bias))
+        if scale is not None:
+            bias = F.layer_norm(bias, bias.shape[-1:], scale, shift, projection.eps)
         bias = torch.einsum("bijz,hz->bhij", bias, projection.weight.to(dtype))
     bias = bias.repeat_interleave(q.shape[0] // bias.shape[0], 0)
     logits = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5 + bias

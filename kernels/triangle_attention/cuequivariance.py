@@ -22,8 +22,8 @@ def run(
     mask: Bool[Tensor, "b n m"] | None = None,
 ) -> Float[Tensor, "b h n m d"]:
     """Translate, attend, translate back."""
-    rows_first = (x.transpose(1, 2) for x in (q, k, v))
-    return attend(library, *rows_first, bias, mask).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return attend(library, q, k, v, bias, mask).transpose(1, 2)
 
 
 def attend(
@@ -35,12 +35,12 @@ def attend(
     mask: Bool[Tensor, "b n j"] | None,
 ) -> Float[Tensor, "b n h i d"]:
     """Call the library's triangle attention; a row without keys gets zeros and passes no gradient."""
-    if q.dtype is torch.float32 and torch.is_grad_enabled() and not torch.backends.cuda.matmul.allow_tf32:
-        if any(x.requires_grad for x in (q, k, v, bias)):
-            raise RuntimeError(
-                "triangle_attention: cuEquivariance's float32 backward pass computes in tf32, which PyTorch forbids "
-                "here: set torch.backends.cuda.matmul.allow_tf32 = True, or use bfloat16 or kernel 'torch'"
-            )
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias))
+    if grad and q.dtype is torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+        raise RuntimeError(
+            "cuEquivariance's float32 backward pass of attention computes in tf32, which PyTorch forbids here: set "
+            "torch.backends.cuda.matmul.allow_tf32 = True, or use bfloat16 or kernel 'torch'"
+        )
     keys, empty = None, None
     if mask is not None:
         # What the library makes of a row without keys is not said: it gets one with all of them, and loses it again.

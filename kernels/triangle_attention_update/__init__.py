@@ -45,6 +45,10 @@ class Weights(NamedTuple):
     gate_bias: Float[Tensor, " h*d"] | None = None
     out_bias: Float[Tensor, " cz"] | None = None
 
+    def to(self, dtype: pytorch.dtype) -> "Weights":
+        """All of them in another floating type."""
+        return Weights._make(None if weight is None else weight.to(dtype) for weight in self)
+
 
 def triangle_attention_update(
     z: Float[Tensor, "b n n cz"],

@@ -34,11 +34,11 @@ class Forward:
         out_bias: Tensor | None,
         eps: float,
     ) -> None:
-        self.z, self.mask, self.eps, self.given = z, mask, eps, Weights(*weights, gate_bias, out_bias)
+        self.z, self.mask, self.eps, self.given = z, mask, eps, Weights._make((*weights, gate_bias, out_bias))
         self.dtype = block_dtype(z)
-        w = Weights(*(None if w is None else w.to(self.dtype) for w in self.given))  # type: ignore[arg-type]
-        norm = (w.to(norm_dtype(z)) for w in self.given[:2])  # type: ignore[union-attr]
-        self.w = Weights(*norm, *w[2:])  # type: ignore[arg-type]
+        self.w = self.given.to(self.dtype)._replace(
+            norm_weight=self.given.norm_weight.to(norm_dtype(z)), norm_bias=self.given.norm_bias.to(norm_dtype(z))
+        )
         # One product for all four: the same block is read once, and the product is as wide as processors like it.
         self.packed: Float[Tensor, "4*h*d cz"] = torch.cat([self.w.q, self.w.k, self.w.v, self.w.gate])
         b, n, m, _ = z.shape
@@ -90,9 +90,7 @@ class Backward(Forward):
         self.d_gate_bias = self.d_packed.new_zeros(len(self.w.gate))
         self.d_out_bias = self.d_out.new_zeros(z.shape[-1])
 
-    def block_gradient(
-        self, i: int, rows: slice, d_update: Float[Tensor, "r m cz"]
-    ) -> Float[Tensor, "r m cz"]:
+    def block_gradient(self, i: int, rows: slice, d_update: Float[Tensor, "r m cz"]) -> Float[Tensor, "r m cz"]:
         """The gradient of some rows of z, but for what reaches them through the bias."""
         given = self.z[i, rows].to(self.dtype).contiguous()
         r, m, cz = given.shape
@@ -139,7 +137,7 @@ class Backward(Forward):
         )
         self.d_scale += of_scale
         self.d_shift += of_shift
-        return dx  # type: ignore[no-any-return]
+        return dx
 
     def add_through_bias(self, i: int, dz: Float[Tensor, "n n cz"]) -> None:
         """Add what reaches batch item i through the bias, once all its blocks are done."""
@@ -158,7 +156,7 @@ class Backward(Forward):
         self.d_project += project
 
     def gradients(self) -> list[Tensor]:
-        """The gradients of all ten weights, once every item is done. Missing biases have one, too: nobody asks for it."""
+        """The gradients of all ten weights, once every item is done; missing biases have one, too."""
         given = (*self.given[:8], self.given.gate, self.given.out)
         apart = (of_one.clone() for of_one in self.d_packed.chunk(4))  # an operator's results may not share memory
         found = (self.d_scale, self.d_shift, self.d_project, *apart, self.d_out, self.d_gate_bias, self.d_out_bias)

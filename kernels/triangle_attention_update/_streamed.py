@@ -1,7 +1,7 @@
-"""The streamed triangle attention update, as custom operators: a block of rows goes through every layer while in cache.
+"""The streamed triangle attention update, as custom operators: a block of rows passes every layer while in cache.
 
-Only the bias, which is h / cz of the pair tensor, is computed for all rows before the first block. The backward computes
-each block's queries, keys, values and weights again.
+Only the bias, which is h / cz of the pair tensor, is computed for all rows before the first block. The backward
+computes each block's queries, keys, values and weights again.
 """
 
 import torch
@@ -26,7 +26,8 @@ def triangle_attention_update_streamed(
     """The update of z [b, n, n, cz]; `weights` are the first eight fields of `Weights`."""
     out = torch.empty_like(z, memory_format=torch.contiguous_format)
     # Columns become rows by looking at the same memory the other way round.
-    z, into, mask = (x.transpose(1, 2) if ending and x is not None else x for x in (z, out, mask))
+    z, into = (x.transpose(1, 2) if ending else x for x in (z, out))
+    mask = mask.transpose(1, 2) if ending and mask is not None else mask
     with torch.autocast(out.device.type, enabled=False):
         update = Forward(z, mask, weights, gate_bias, out_bias, eps)
         for i, rows in row_blocks(z):
@@ -52,7 +53,8 @@ def triangle_attention_update_streamed_backward(
 ) -> list[Tensor]:
     """The gradients of z, of each of `weights`, of gate_bias and of out_bias."""
     dz = torch.empty_like(z, memory_format=torch.contiguous_format)
-    d_out, z, into, mask = (x.transpose(1, 2) if ending and x is not None else x for x in (d_out, z, dz, mask))
+    d_out, z, into = (x.transpose(1, 2) if ending else x for x in (d_out, z, dz))
+    mask = mask.transpose(1, 2) if ending and mask is not None else mask
     with torch.autocast(dz.device.type, enabled=False):
         backward = Backward(z, mask, weights, gate_bias, out_bias, eps)
         for i in range(z.shape[0]):

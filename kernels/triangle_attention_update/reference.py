@@ -20,7 +20,7 @@ def run(
 ) -> Float[Tensor, "b n n cz"]:
     """LayerNorm, attention along each row (or column, if `ending`), gate, output projection."""
     given, dtype = z.dtype, widest(z, weights.q)
-    w = Weights(*(None if weight is None else weight.to(dtype) for weight in weights))  # type: ignore[arg-type]
+    w = weights.to(dtype)
     if ending:
         z, mask = z.transpose(1, 2), None if mask is None else mask.transpose(1, 2)
     x = F.layer_norm(z.to(dtype), z.shape[-1:], w.norm_weight, w.norm_bias, eps)

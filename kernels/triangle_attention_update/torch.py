@@ -1,4 +1,4 @@
-"""The triangle attention update in PyTorch's own operators, streamed over rows: nothing but the result is a pair tensor."""
+"""The triangle attention update in PyTorch's operators, streamed over rows: only the result is a pair tensor."""
 
 from jaxtyping import Bool, Float
 from torch import Tensor

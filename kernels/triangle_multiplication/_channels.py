@@ -1,8 +1,8 @@
-"""The triangle multiplicative update of one pair tensor: projections over blocks of rows, products over blocks of channels.
+"""The triangle multiplicative update of one pair tensor: projections by blocks of rows, products by blocks of channels.
 
-The product over the third node is one matrix product of n x n a channel, so both factors are wanted channels first. They
-come out of the projections that way (W x^T instead of x W^T), and only for the channels at hand: the widest thing that
-exists is the product itself.
+The product over the third node is one matrix product of n x n a channel, so both factors are wanted channels first.
+They come out of the projections that way (W x^T instead of x W^T), and only for the channels at hand: the largest thing
+that exists is the product itself.
 """
 
 from collections.abc import Iterator
@@ -23,8 +23,7 @@ _CHANNELS = 32  # products at once: fewer leave the projections too narrow, more
 def prepare(weights: Weights, z: Tensor) -> Weights:
     """The weights in the type in which blocks are multiplied."""
     norms = {name: getattr(weights, name).to(norm_dtype(z)) for name in Weights._fields if name.startswith("norm")}
-    cast = Weights(*(None if w is None else w.to(block_dtype(z)) for w in weights))  # type: ignore[arg-type]
-    return cast._replace(**norms)
+    return weights.to(block_dtype(z))._replace(**norms)
 
 
 def _blocks(z: Float[Tensor, "n n cz"]) -> Iterator[tuple[slice, slice]]:
@@ -73,9 +72,7 @@ def _factors(
         flat[:, pairs] = edges
 
 
-def _multiply(
-    factors: Float[Tensor, "2 some n n"], outgoing: bool, out: Float[Tensor, "some n n"]
-) -> None:
+def _multiply(factors: Float[Tensor, "2 some n n"], outgoing: bool, out: Float[Tensor, "some n n"]) -> None:
     """Sum over the third node k: left_ik right_jk, or left_ki right_kj."""
     left, right = factors
     torch.bmm(*((left, right.transpose(1, 2)) if outgoing else (left.transpose(1, 2), right)), out=out)
@@ -212,7 +209,14 @@ def _input_backward(
         _linear_sums(sums.g_in, sums.g_in_bias, d_gate.t(), x)
         d_normed = torch.mm(d_p.t(), w.p_in).addmm_(d_gate.t(), w.g_in).view(given.shape)
         d_given, of_scale, of_shift = torch.ops.aten.native_layer_norm_backward(
-            (d_normed + dx[rows]).to(given.dtype), given, shape, mean, inverse_std, w.norm_in_weight, w.norm_in_bias, [True, True, True]
+            (d_normed + dx[rows]).to(given.dtype),
+            given,
+            shape,
+            mean,
+            inverse_std,
+            w.norm_in_weight,
+            w.norm_in_bias,
+            [True, True, True],
         )
         sums.norm_in_weight.add_(of_scale)
         sums.norm_in_bias.add_(of_shift)

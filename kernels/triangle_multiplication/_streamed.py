@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ..custom import no_double_backward
-from ._channels import backward_item, forward_item, prepare
 from . import Weights
+from ._channels import backward_item, forward_item, prepare
 
 
 @torch.library.custom_op("foldkernels::triangle_multiplication_streamed", mutates_args=())
@@ -23,7 +23,7 @@ def triangle_multiplication_streamed(
     """The update of z [b, n, n, cz]; `weights` are the first eight fields of `Weights`."""
     out = torch.empty_like(z, memory_format=torch.contiguous_format)
     with torch.autocast(z.device.type, enabled=False):
-        w = prepare(Weights(*weights, p_in_bias, g_in_bias, p_out_bias, g_out_bias), z)
+        w = prepare(Weights._make((*weights, p_in_bias, g_in_bias, p_out_bias, g_out_bias)), z)
         for i in range(z.shape[0]):
             forward_item(z[i], None if mask is None else mask[i], w, outgoing, eps, out[i])
     return out
@@ -49,26 +49,28 @@ def triangle_multiplication_streamed_backward(
 ) -> list[Tensor]:
     """The gradients of z, of each of `weights`, and of each bias, the missing ones included."""
     dz = torch.empty_like(z, memory_format=torch.contiguous_format)
-    given = Weights(*weights, p_in_bias, g_in_bias, p_out_bias, g_out_bias)
-    sums = [torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device) for x in _all(given)]
+    given = Weights._make((*weights, p_in_bias, g_in_bias, p_out_bias, g_out_bias))
+    sums = [
+        torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device) for x in _all(given)
+    ]
     with torch.autocast(z.device.type, enabled=False):
         w = prepare(given, z)
         for i in range(z.shape[0]):
             allowed = None if mask is None else mask[i]
-            backward_item(d_out[i], z[i], allowed, w, Weights(*sums), outgoing, eps, dz[i])
+            backward_item(d_out[i], z[i], allowed, w, Weights._make(sums), outgoing, eps, dz[i])
     return [dz, *(total.to(like.dtype) for total, like in zip(sums, _all(given), strict=True))]
 
 
 def _all(w: Weights) -> list[Tensor]:
-    """Every weight, with the outputs of a linear layer where its bias is missing: something shaped and typed like it."""
+    """Every weight; where a bias is missing, something of its shape and type."""
     layers = (w.p_in, w.g_in, w.p_out, w.g_out)
     biases = (bias if bias is not None else layer[:, 0] for bias, layer in zip(w[8:], layers, strict=True))
-    return [*w[:8], *biases]  # type: ignore[list-item]
+    return [*w[:8], *biases]
 
 
 @triangle_multiplication_streamed_backward.register_fake
 def _(d_out, z, mask, weights, p_in_bias, g_in_bias, p_out_bias, g_out_bias, outgoing, eps):  # type: ignore[no-untyped-def]
-    given = Weights(*weights, p_in_bias, g_in_bias, p_out_bias, g_out_bias)
+    given = Weights._make((*weights, p_in_bias, g_in_bias, p_out_bias, g_out_bias))
     return [x.new_empty(x.shape) for x in (z, *_all(given))]
 
 
@@ -86,6 +88,4 @@ def _backward(ctx, d_out):  # type: ignore[no-untyped-def]
 
 
 triangle_multiplication_streamed.register_autograd(_backward, setup_context=_keep)
-no_double_backward(
-    triangle_multiplication_streamed_backward, operation="triangle_multiplication", kernel="torch"
-)
+no_double_backward(triangle_multiplication_streamed_backward, operation="triangle_multiplication", kernel="torch")

@@ -1,4 +1,4 @@
-"""The triangle multiplicative update through cuEquivariance, which has the same packed weights; its mask is 1 = keep."""
+"""The triangle multiplicative update through cuEquivariance: the same packed weights, and a mask of 1 = keep."""
 
 from types import ModuleType
 
@@ -40,7 +40,7 @@ def run(
     """Cast the weights and the mask, call."""
     # Its fastest kernels want data and weights of one type. A weight that is left out would be drawn at random, but
     # for the projections' biases: without them it has none.
-    w = Weights(*(None if weight is None else weight.to(z.dtype) for weight in weights))  # type: ignore[arg-type]
+    w = weights.to(z.dtype)
     out: Tensor = library.triangle_multiplicative_update(
         z,
         direction=direction,

@@ -20,7 +20,7 @@ def run(
 ) -> Float[Tensor, "b n n cz"]:
     """LayerNorm, gated projections, product over the third node, LayerNorm, gated projection."""
     given, dtype = z.dtype, widest(z, weights.p_in)
-    w = Weights(*(None if weight is None else weight.to(dtype) for weight in weights))  # type: ignore[arg-type]
+    w = weights.to(dtype)
     x = F.layer_norm(z.to(dtype), z.shape[-1:], w.norm_in_weight, w.norm_in_bias, eps)
     edges = F.linear(x, w.p_in, w.p_in_bias) * F.linear(x, w.g_in, w.g_in_bias).sigmoid()
     if mask is not None:

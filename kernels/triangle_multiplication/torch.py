@@ -1,4 +1,4 @@
-"""The triangle multiplicative update in PyTorch's own operators, streamed: projections by rows, the product by channels."""
+"""The triangle multiplicative update in PyTorch's operators, streamed: projections by rows, the product by channels."""
 
 from jaxtyping import Bool, Float
 from torch import Tensor

@@ -33,7 +33,9 @@ def leaves_of(case: Mapping[str, Any], dtype: torch.dtype, layout: str = "contig
     return found
 
 
-def run(case: Mapping[str, Any], function: Callable[[Mapping[str, Any]], Tensor], x: Mapping[str, Any]) -> dict[str, Tensor]:
+def run(
+    case: Mapping[str, Any], function: Callable[[Mapping[str, Any]], Tensor], x: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """The output of `function` on values, and every gradient from a cotangent that is the same each time."""
     out = function(x)
     cotangent = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
