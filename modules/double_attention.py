@@ -134,7 +134,7 @@ class DoubleAttentionPairBlock(nn.Module):
                 f"DoubleAttentionPairBlock: use_film needs the time of each batch item (r3_t=, [{len(pairs)}, 1]), and "
                 f"was given {given}; pass it, or build the block with use_film=False"
             )
-        scale, shift = self.time_mlp(r3_t.to(self.time_mlp[0].weight.dtype).view(-1, 1, 1)).chunk(2, dim=-1)
+        scale, shift = self.time_mlp(r3_t.to(self.gather_proj.weight.dtype).view(-1, 1, 1)).chunk(2, dim=-1)
         return scale, shift
 
 
