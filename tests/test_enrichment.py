@@ -27,6 +27,7 @@ from foldkernels.modules.rigid import Rigid
 from foldkernels.modules.sequence_net import SequenceIPANet
 
 from .support.goldens import MULTIFLOW, batch_of, model_of
+from .test_training import free_port, process_group
 
 BLOCKS = ("ipa", "pairformer", "pairformer_no_seq", "double_attention_pair", "attention_pair_bias")
 SIZES = ("small", "small_chain")
@@ -249,6 +250,18 @@ def test_the_bind_report_covers_them(block: str) -> None:
     assert len(report.modules) > len(bind(model_of("small"), "reference").modules) or not (
         OPERATIONS[block] or block == "ipa"
     )
+
+
+@pytest.mark.parametrize("block", ["pairformer", "double_attention_pair"])
+def test_distributed_training_waits_for_nobody(block: str) -> None:
+    """DDP with `find_unused_parameters=False`: a second step would raise, had the first left a gradient hanging."""
+    batch, model = batch_of("small/case_L17.safetensors"), model_with(**both(block)).train()
+    with process_group(0, 1, free_port()):
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
+        for _ in range(2):
+            wrapped.zero_grad(set_to_none=True)
+            score(batch, wrapped(batch)).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
