@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from foldkernels.cli.main import main
 from foldkernels.compat.errors import BadInput
 from foldkernels.compat.multiflow.checkpoint import Checkpoint, read_checkpoint
 from foldkernels.compat.multiflow.loading import build, load
@@ -262,6 +263,21 @@ def test_distributed_training_waits_for_nobody(block: str) -> None:
             wrapped.zero_grad(set_to_none=True)
             score(batch, wrapped(batch)).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_explain_knows_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`foldkernels explain` on a config alone: the new blocks' operations are there, and no weights are needed."""
+    monkeypatch.delenv("FOLDKERNELS_KERNEL", raising=False)
+    text = (MULTIFLOW / "small" / "config.yaml").read_text()
+    shown = []
+    for ours in ("", "foldkernels: {enrichment: pairformer}\n"):
+        (tmp_path / "config.yaml").write_text(text + ours)
+        assert main(["explain", str(tmp_path / "config.yaml"), "--json"]) == 0
+        shown.append(capsys.readouterr().out)
+    for operation in OPERATIONS["pairformer"]:
+        assert [f'"operation": "{operation}"' in text for text in shown] == [False, True], operation
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

@@ -54,7 +54,7 @@ def build(
     command_line: Iterable[str] = (),
 ) -> FlowModel:
     """As `load`, from a checkpoint that has been read."""
-    model = FlowModel(model_section(checkpoint.config, checkpoint.source), _options(checkpoint))
+    model = FlowModel(model_section(checkpoint.config, checkpoint.source), options_of(checkpoint))
     _load_weights(model, checkpoint)
     model.to(_device(device))
     model.config = checkpoint.config
@@ -122,7 +122,12 @@ def _section(checkpoint: Checkpoint, name: str) -> Any:
     return section
 
 
-def _options(checkpoint: Checkpoint) -> FoldkernelsConfig:
+def options_of(checkpoint: Checkpoint) -> FoldkernelsConfig:
+    """The `foldkernels:` section of a checkpoint's config, checked; the defaults where there is none.
+
+    Raises:
+        BadInput: A key or a value is wrong; the message names the nearest that exists.
+    """
     try:
         return FoldkernelsConfig.model_validate(_section(checkpoint, "foldkernels") or {})
     except ValidationError as error:
