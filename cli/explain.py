@@ -61,14 +61,16 @@ def run(
 
     import torch
 
+    from ..compat.multiflow.checkpoint import Checkpoint
     from ..compat.multiflow.configuration import model_section
+    from ..compat.multiflow.loading import options_of
     from ..compat.multiflow.model import FlowModel
     from ..kernels.explanation import explain
 
     config, source = _config(model)
     section = model_section(config, source)
     with torch.device("meta"):  # shapes are all that is needed
-        empty = FlowModel(section)
+        empty = FlowModel(section, options_of(Checkpoint({}, config, source)))
     explanation = explain(
         empty,
         machine=machine,

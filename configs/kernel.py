@@ -39,6 +39,15 @@ class KernelConfig(BaseModel):
         default=None, description="Kernel required for padded self-attention over the sequence."
     )
     edge_transition: str | None = Field(default=None, description="Kernel required for Multiflow's pair update.")
+    triangle_attention: str | None = Field(
+        default=None, description="Kernel required for attention along the pair tensor."
+    )
+    triangle_multiplication: str | None = Field(
+        default=None, description="Kernel required for the triangle multiplicative update of the pair tensor."
+    )
+    attention_pair_bias: str | None = Field(
+        default=None, description="Kernel required for attention over the sequence with a bias from the pair tensor."
+    )
     fallback: Fallback | None = Field(
         default=None,
         description="When a device's first choice cannot run: warn once at bind, raise (error), or leave it to the "

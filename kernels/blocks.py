@@ -17,14 +17,23 @@ _PAIRS_PER_GPU_BLOCK = 1 << 16
 def row_blocks(z: Tensor) -> Iterator[tuple[int, slice]]:
     """Cut [b, n, m, c] into blocks of rows: the batch item and the rows of each block, in order."""
     b, n, m, _ = z.shape
-    if z.device.type == "cpu":
-        pairs = _PAIRS_PER_THREAD.get(block_dtype(z), _PAIRS_PER_THREAD_16_BIT) * torch.get_num_threads()
-    else:
-        pairs = _PAIRS_PER_GPU_BLOCK
-    rows = max(1, pairs // max(m, 1))
+    rows = max(1, pairs_per_block(z) // max(m, 1))
     for item in range(b):
-        for start in range(0, n, rows):
-            yield item, slice(start, min(start + rows, n))
+        for block in slices(n, rows):
+            yield item, block
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    """Cut `length` into slices of `size`; the last may be shorter."""
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def pairs_per_block(z: Tensor) -> int:
+    """How many pairs of z, with a hundred or so numbers each, make a block."""
+    if z.device.type != "cpu":
+        return _PAIRS_PER_GPU_BLOCK
+    return _PAIRS_PER_THREAD.get(block_dtype(z), _PAIRS_PER_THREAD_16_BIT) * torch.get_num_threads()
 
 
 def block_dtype(z: Tensor) -> torch.dtype:
@@ -56,3 +65,9 @@ class Scratch:
         if held is None or held.numel() < count:
             held = self._held[name] = torch.empty(count, device=self._device, dtype=self._dtype)
         return held[:count].view(shape)
+
+
+def norm_dtype(z: Tensor) -> torch.dtype:
+    """The type of a LayerNorm's weights beside a block of z: on a CPU that decides its statistics' type as well."""
+    dtype = block_dtype(z)
+    return torch.promote_types(dtype, torch.float32) if z.device.type == "cpu" else dtype
