@@ -28,28 +28,36 @@ class KernelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     preset: str = Field(
-        "auto", description="Ordered lists of kernels for each operation and device: " + ", ".join(PRESETS) + "."
+        default="auto",
+        description="Ordered lists of kernels for each operation and device: " + ", ".join(PRESETS) + ".",
     )
-    edge_features: str | None = Field(None, description="Kernel required for Multiflow's pair embedding.")
-    invariant_point_attention: str | None = Field(None, description="Kernel required for invariant point attention.")
-    attention: str | None = Field(None, description="Kernel required for padded self-attention over the sequence.")
-    edge_transition: str | None = Field(None, description="Kernel required for Multiflow's pair update.")
-    triangle_attention: str | None = Field(None, description="Kernel required for attention along the pair tensor.")
+    edge_features: str | None = Field(default=None, description="Kernel required for Multiflow's pair embedding.")
+    invariant_point_attention: str | None = Field(
+        default=None, description="Kernel required for invariant point attention."
+    )
+    attention: str | None = Field(
+        default=None, description="Kernel required for padded self-attention over the sequence."
+    )
+    edge_transition: str | None = Field(default=None, description="Kernel required for Multiflow's pair update.")
+    triangle_attention: str | None = Field(
+        default=None, description="Kernel required for attention along the pair tensor."
+    )
     triangle_multiplication: str | None = Field(
-        None, description="Kernel required for the triangle multiplicative update of the pair tensor."
+        default=None, description="Kernel required for the triangle multiplicative update of the pair tensor."
     )
     attention_pair_bias: str | None = Field(
-        None, description="Kernel required for attention over the sequence with a bias from the pair tensor."
+        default=None, description="Kernel required for attention over the sequence with a bias from the pair tensor."
     )
     fallback: Fallback | None = Field(
-        None,
+        default=None,
         description="When a device's first choice cannot run: warn once at bind, raise (error), or leave it to the "
         "report (silent). Unset: silent for auto, warn for every other preset.",
     )
     precision: Precision = Field(
-        "float32", description="What a kernel may round float32 data to inside: float32 (nothing), tf32, bfloat16."
+        default="float32",
+        description="What a kernel may round float32 data to inside: float32 (nothing), tf32, bfloat16.",
     )
-    deterministic: bool = Field(False, description="Use only kernels whose results are the same in every run.")
+    deterministic: bool = Field(default=False, description="Use only kernels whose results are the same in every run.")
 
     @model_validator(mode="before")
     @classmethod
@@ -84,7 +92,7 @@ def expand(value: Any) -> Any:
             "or `kernel: {preset: flash, attention: torch}`."
         )
     preset = value.get("preset", "auto")
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"no preset {preset!r}" + did_you_mean(str(preset), list(PRESETS)))
     for key in value:
         if key not in KernelConfig.model_fields:

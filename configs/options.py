@@ -9,7 +9,7 @@ class FoldkernelsConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     activation_checkpointing: bool = Field(
-        False,
+        default=False,
         description="In training, compute each block's residue layers again in the backward pass instead of keeping "
         "their activations. The pair layers of the streamed kernels always do.",
     )

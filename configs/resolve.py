@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -22,7 +22,11 @@ class ResolvedKernel:
     """A configuration, and for each of its keys the place that its value came from."""
 
     config: KernelConfig
-    sources: Mapping[str, str]
+    sources: Mapping[str, str] = field(hash=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A mapping that nobody can write to cannot be pickled or copied, and models carry their report.
+        return _resolved, (self.config, dict(self.sources))
 
     def __str__(self) -> str:
         values = self.config.model_dump(exclude_none=True)
@@ -83,9 +87,11 @@ def resolve_kernel(
             if key not in values:
                 values[key], sources[key] = value, place
     config = KernelConfig.model_validate(values)
-    return ResolvedKernel(
-        config, MappingProxyType({key: sources.get(key, "default") for key in KernelConfig.model_fields})
-    )
+    return _resolved(config, {key: sources.get(key, "default") for key in KernelConfig.model_fields})
+
+
+def _resolved(config: KernelConfig, sources: dict[str, str]) -> ResolvedKernel:
+    return ResolvedKernel(config, MappingProxyType(sources))
 
 
 def _first_line(error: ValidationError) -> str:

@@ -97,7 +97,8 @@ def attend(
 ) -> None:
     """Write the attended values of one batch item to `out`; a row without keys gets zeros."""
     dtype, tile = block_dtype(q), _tile(q, k)
-    biases = _Bias(bias.to(dtype), mask)
+    # PyTorch's own attention takes a float32 bias beside 16-bit data on a CPU only.
+    biases = _Bias(bias.to(widest(q) if q.device.type == "cpu" else dtype), mask)
     for rows in slices(q.shape[0], tile.rows):
         keys, values = k[rows].to(dtype), v[rows].to(dtype)
         for some in slices(q.shape[2], tile.queries):

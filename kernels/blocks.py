@@ -1,6 +1,7 @@
 """How the streamed PyTorch kernels cut the pair representation into blocks of query rows."""
 
 from collections.abc import Iterator
+from math import prod
 
 import torch
 from torch import Tensor
@@ -40,3 +41,27 @@ def block_dtype(z: Tensor) -> torch.dtype:
     if z.device.type == "cpu" and z.dtype in (torch.bfloat16, torch.float16) and not machine.fast_bfloat16():
         return torch.float32
     return z.dtype
+
+
+class Scratch:
+    """Memory that every block of a pass uses again.
+
+    A block's intermediates are a few megabytes. Asked for anew, glibc gives them back to the kernel in between, and on
+    a CPU the page faults then cost as much as the products.
+
+    Args:
+        like: For the device.
+        dtype: The type in which blocks are multiplied.
+    """
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self._device, self._dtype = like.device, dtype
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """A tensor to write to. It holds what was last written under `name`, until that is taken again."""
+        count = prod(shape)
+        held = self._held.get(name)
+        if held is None or held.numel() < count:
+            held = self._held[name] = torch.empty(count, device=self._device, dtype=self._dtype)
+        return held[:count].view(shape)

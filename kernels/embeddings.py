@@ -16,7 +16,7 @@ def sinusoids(
         positions: Positions or offsets, integers or floats.
         size: Channels; half of them sines.
         max_length: The longest wavelength, in positions.
-        dtype: The result's type. The angles are float32 whatever it is: that is what was trained, and MPS has no float64.
+        dtype: The result's type. The angles are float32 whatever it is: so it was trained, and MPS has no float64.
     """
     k = torch.arange(size // 2, device=positions.device)
     wavelength = max_length ** (2 * k.to(torch.float32) / size)

@@ -1,6 +1,6 @@
 """`explain`: which kernel each operation of a model runs, here or on a machine that is only described, and why."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +12,7 @@ from ..configs.resolve import ResolvedKernel, resolve_kernel
 from .binding import BindReport, Place, Use, decision_as_dict, place_of, requests_of, users_of
 from .machine import MACHINES, Machine, capability, describe
 from .registry import KernelUnavailable, decide, operations, settings_of, token
-from .requests import Decision, Reason, Request
+from .requests import Decision, Dims, Reason, Request
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Explanation:
         length: The number of residues or tokens; None for every length.
         configurations: Each configuration that the modules have: one, unless they were bound one by one.
         choices: What each use runs.
+        fused: Operations that run in the place of several of them, where a module calls those one after the other.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Explanation:
     length: int | None
     configurations: tuple[ResolvedKernel, ...]
     choices: tuple[Choice, ...]
+    fused: tuple[Choice, ...] = ()
 
     @property
     def runs(self) -> bool:
@@ -72,12 +74,7 @@ class Explanation:
 
     def kernels(self) -> dict[str, tuple[str, ...]]:
         """The kernels chosen for each operation."""
-        chosen: dict[str, dict[str, None]] = {}
-        for choice in self.choices:
-            names = chosen.setdefault(choice.request.operation, {})
-            if choice.decision:
-                names[choice.decision.kernel.name] = None
-        return {operation: tuple(names) for operation, names in chosen.items()}
+        return _kernels(self.choices)
 
     def as_dict(self) -> dict[str, Any]:
         """The explanation as plain data, for `--json`."""
@@ -95,6 +92,7 @@ class Explanation:
             "runs": self.runs,
             "kernels": {operation: list(names) for operation, names in self.kernels().items()},
             "choices": [choice.as_dict() for choice in self.choices],
+            "fused": [choice.as_dict() for choice in self.fused],
         }
 
     def __str__(self) -> str:
@@ -105,6 +103,9 @@ class Explanation:
         if not self.choices:
             return "\n".join([*lines, "", "No module of this model calls a kernel."])
         lines += ["", *_table(self.choices)]
+        for operation, names in _kernels(self.fused).items():
+            parts = " + ".join(operations()[operation].fuses)
+            lines.append(f"  {parts}, where they meet: one pass, {operation}: {' or '.join(names)}")
         rejected = list(dict.fromkeys(_rejections(self.choices)))
         if rejected:
             lines += ["", "Why nothing better runs:"]
@@ -178,6 +179,7 @@ def explain(
         length=length,
         configurations=tuple(configurations.values()) or (asked,),
         choices=tuple(choices),
+        fused=tuple(_fuse(choices, next(iter(users.values()))[1], on)) if len(configurations) == 1 else (),
     )
 
 
@@ -186,6 +188,38 @@ def _choose(request: Request, config: KernelConfig, on: Machine | None, modules:
         return Choice(modules, request, decide(request, config, on))
     except KernelUnavailable as error:
         return Choice(modules, request, None, str(error))
+
+
+def _fuse(choices: Sequence[Choice], config: KernelConfig, on: Machine | None) -> Iterator[Choice]:
+    """The fused operations that serve; `registry.common_kernel` says the same of a call."""
+    for whole in operations().values():
+        for length, grad in dict.fromkeys((_length(choice), choice.request.grad) for choice in choices):
+            alike = [c for c in choices if c.decision and (_length(c), c.request.grad) == (length, grad)]
+            # The first of each operation stands for the others; a fused operation takes no optional features.
+            first = {c.request.operation: c for c in reversed(alike) if not c.request.options}
+            found = [first[part] for part in whole.fuses if part in first]
+            sizes = {name: size for part in found for name, size in part.request.dims.items()}
+            if not whole.fuses or len(found) < len(whole.fuses) or not set(whole.dims) <= set(sizes):
+                continue
+            dims = Dims({name: sizes[name] for name in whole.dims})
+            choice = _choose(replace(found[0].request, operation=whole.name, dims=dims), config, on, ())
+            names = {each.decision.kernel.name for each in (*found, choice) if each.decision is not None}
+            if choice.decision is not None and len(names) == 1:
+                yield choice
+
+
+def _length(choice: Choice) -> int:
+    return choice.request.dims[operations()[choice.request.operation].length]
+
+
+def _kernels(choices: Iterable[Choice]) -> dict[str, tuple[str, ...]]:
+    """The kernels chosen for each operation."""
+    chosen: dict[str, dict[str, None]] = {}
+    for choice in choices:
+        names = chosen.setdefault(choice.request.operation, {})
+        if choice.decision:
+            names[choice.decision.kernel.name] = None
+    return {operation: tuple(names) for operation, names in chosen.items()}
 
 
 def _described(machine: str | Machine | None) -> Machine | None:

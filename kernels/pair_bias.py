@@ -13,6 +13,7 @@ from torch import Tensor
 from .blocks import block_dtype, row_blocks
 from .custom import no_double_backward
 from .rows import accumulate_, zeros_like_wide
+from .tensors import widest
 
 
 class PairProjection(NamedTuple):
@@ -28,12 +29,10 @@ class PairProjection(NamedTuple):
 
 
 def project(
-    pairs: Float[Tensor, "b h n m"] | Float[Tensor, "b n m cz"], projection: PairProjection | None, dtype: torch.dtype
+    pairs: Float[Tensor, "b h n m"] | Float[Tensor, "b n m cz"], projection: PairProjection | None
 ) -> Float[Tensor, "b h n m"]:
     """The bias that a kernel adds to its logits: `pairs` itself where it is the bias already."""
-    if projection is None:
-        return pairs
-    return pair_bias(pairs, *projection).to(dtype)
+    return pairs if projection is None else pair_bias(pairs, *projection)
 
 
 def pair_bias(
@@ -43,7 +42,7 @@ def pair_bias(
     weight: Float[Tensor, "h cz"],
     eps: float = 1e-5,
 ) -> Float[Tensor, "b h n m"]:
-    """Project the LayerNorm of z to one bias a head, in the floating type of z.
+    """Project the LayerNorm of z to one bias a head, in float32 at least: logits are sums of terms that cancel.
 
     Args:
         z: The pair representation.
@@ -62,7 +61,7 @@ def pair_bias_streamed(
 ) -> Tensor:
     """See `pair_bias`."""
     b, n, m, _ = z.shape
-    out = z.new_empty(b, weight.shape[0], n, m)
+    out = z.new_empty(b, weight.shape[0], n, m, dtype=widest(z))
     with torch.autocast(z.device.type, enabled=False):
         pair_bias_into(out, z, norm_weight, norm_bias, weight, eps)
     return out
@@ -71,7 +70,7 @@ def pair_bias_streamed(
 @pair_bias_streamed.register_fake
 def _(z, norm_weight, norm_bias, weight, eps):  # type: ignore[no-untyped-def]
     b, n, m, _ = z.shape
-    return z.new_empty(b, weight.shape[0], n, m)
+    return z.new_empty(b, weight.shape[0], n, m, dtype=widest(z))
 
 
 @torch.library.custom_op("foldkernels::pair_bias_streamed_backward", mutates_args=())

@@ -29,8 +29,10 @@ ENTRY_POINT_GROUP = "foldkernels.kernels"
 _operations: dict[str, Operation] = {}
 _kernels: dict[str, dict[str, Kernel]] = {}
 _broken_plugins: dict[str, str] = {}
-_lock = threading.RLock()
-_discovered = False
+# Two: a file that is being imported by another thread must be able to register while we wait for it.
+_registering = threading.Lock()
+_discovering = threading.RLock()
+_discovered = _in_discovery = False
 
 
 class KernelUnavailable(RuntimeError):
@@ -51,15 +53,19 @@ def register(kernel: Kernel | None = None, /, **fields: Any) -> Kernel:
     """Make a kernel known; it replaces one of the same operation and name.
 
     Args:
-        kernel: The record; or give its fields by name.
+        kernel: The record.
+        **fields: Its fields, in place of a record.
 
     Returns:
         The record.
     """
     record = kernel if kernel is not None else Kernel(**fields)
-    with _lock:
-        _kernels.setdefault(record.operation, {})[record.name] = record
+    with _registering:
+        # A new mapping: another thread may be walking through the old one.
+        _kernels[record.operation] = {**_kernels.get(record.operation, {}), record.name: record}
+        _loaded.__dict__.pop(f"{record.operation}: {record.name}", None)
         _decided.clear()
+        _fused.clear()
     return record
 
 
@@ -89,27 +95,35 @@ def broken_plugins() -> Mapping[str, str]:
 
 def _discover() -> None:
     """Import every `kernels/<operation>/<kernel>.py`, then the entry points of other packages; once."""
-    global _discovered
+    global _discovered, _in_discovery
     if _discovered:
         return
-    with _lock:
-        if _discovered:
+    with _discovering:  # other threads wait until everything is known
+        if _discovered or _in_discovery:  # a kernel's file may itself ask the registry something
             return
-        _discovered = True  # set first: a kernel's file may itself ask the registry something
-        here = Path(__file__).parent
-        package = __name__.rpartition(".")[0]
-        for folder in sorted(path.parent for path in here.glob("*/__init__.py")):
-            importlib.import_module(f"{package}.{folder.name}")
-            for found in pkgutil.iter_modules([str(folder)]):
-                if not found.name.startswith("_"):
-                    importlib.import_module(f"{package}.{folder.name}.{found.name}")
-        for point in entry_points(group=ENTRY_POINT_GROUP):
-            try:
-                loaded = point.load()
-                if callable(loaded):
-                    loaded()
-            except Exception as error:  # somebody else's package: it must not take ours down, nor go unseen
-                _broken_plugins[point.name] = f"{type(error).__name__}: {error}"
+        _in_discovery = True
+        try:
+            _import_kernels()
+            _discovered = True
+        finally:
+            _in_discovery = False
+
+
+def _import_kernels() -> None:
+    here = Path(__file__).parent
+    package = __name__.rpartition(".")[0]
+    for folder in sorted(path.parent for path in here.glob("*/__init__.py")):
+        importlib.import_module(f"{package}.{folder.name}")
+        for found in pkgutil.iter_modules([str(folder)]):
+            if not found.name.startswith("_"):
+                importlib.import_module(f"{package}.{folder.name}.{found.name}")
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            loaded = point.load()
+            if callable(loaded):
+                loaded()
+        except Exception as error:  # somebody else's package: it must not take ours down, nor go unseen
+            _broken_plugins[point.name] = f"{type(error).__name__}: {error}"
 
 
 def reasons_against(kernel: Kernel, request: Request, on: machine.Machine | None = None) -> tuple[Reason, ...]:
@@ -124,7 +138,7 @@ def reasons_against(kernel: Kernel, request: Request, on: machine.Machine | None
     for requirement in kernel.needs:
         missing = machine.usable(requirement) if on is None else on.lacks(requirement)
         if missing:
-            reasons.append(Reason(missing, machine.fix(requirement)))
+            reasons.append(Reason(missing, machine.fix(requirement) if on is None else on.fix(requirement)))
     if request.grad and not kernel.backward:
         reasons.append(Reason("it has no backward pass", "run under torch.no_grad(), or choose another kernel"))
     if request.deterministic and not kernel.deterministic:
@@ -180,11 +194,12 @@ def _refusal(request: Request, source: str, rejected: list[tuple[str, tuple[Reas
 
 
 class _Loaded:
-    """Loaded kernels as attributes `<operation>:<kernel>`: Dynamo can guard one attribute, but not the whole registry."""
+    """Loaded kernels as attributes `<operation>: <kernel>`: Dynamo guards one attribute, not the whole registry."""
 
 
 _loaded = _Loaded()
 _decided: dict[tuple[Any, ...], str] = {}
+_fused: dict[tuple[Any, ...], bool] = {}
 _recorders: list[list[str]] = []
 
 
@@ -221,14 +236,18 @@ def length_class(operation: str, length: int) -> int:
 
 @torch.compiler.assume_constant_result
 def thresholds(operation: str) -> tuple[int, ...]:
-    """The lengths at which some kernel of the operation changes its mind, in order."""
-    return tuple(sorted({edge for kernel in kernels(operation).values() for edge in kernel.thresholds}))
+    """The lengths at which some kernel of the operation, or of one that it fuses, changes its mind, in order."""
+    known = operations().get(operation)
+    names = (operation, *known.fuses) if known else (operation,)
+    return tuple(sorted({edge for name in names for kernel in kernels(name).values() for edge in kernel.thresholds}))
 
 
 def floating_type(like: Tensor) -> torch.dtype:
     """The type that `like` is computed in: its own, or what autocast makes of it."""
-    if torch.is_autocast_enabled(like.device.type) and like.dtype is not torch.float64:
-        return torch.get_autocast_dtype(like.device.type)
+    device = like.device.type
+    # A device without autocast (meta) must not be asked.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return like.dtype if like.dtype is torch.float64 else torch.get_autocast_dtype(device)
     return like.dtype
 
 
@@ -268,7 +287,8 @@ def function_for(
         tuple(dims.items()),
         tuple(sorted(options)),
     )
-    if _recorders and not torch.compiler.is_compiling():
+    # In this order: a compiled graph would depend on who is recording, and be made again for each.
+    if not torch.compiler.is_compiling() and _recorders:
         for recorder in _recorders:
             recorder.append(name)
     function: KernelFunction = getattr(_loaded, name)
@@ -345,8 +365,8 @@ def common_kernel(
 ) -> bool:
     """Whether an operation that fuses others serves in their place.
 
-    It does where each of them would run a kernel of the same name, and the fused operation has a kernel of that name
-    without a reason against the request. So what the user says of the parts holds for the whole.
+    It does where each of them would run a kernel of the same name, and the fused operation would run one of that name
+    too. So what the user says of the parts holds for the whole.
 
     Args:
         operation: The fused operation's name.
@@ -356,7 +376,8 @@ def common_kernel(
         grad: Whether a backward pass may follow.
         config: A module's token.
     """
-    call = (
+    return _common(
+        operation,
         config,
         like.device.type,
         like.device.index,
@@ -365,23 +386,37 @@ def common_kernel(
         torch.compiler.is_compiling(),
         length_class(operation, length),
         tuple(dims.items()),
-        (),
     )
-    return _common(operation, call)
 
 
 @torch.compiler.assume_constant_result
-def _common(operation: str, call: tuple[Any, ...]) -> bool:
-    fused = operations()[operation]
-    names = set()
-    for part in fused.fuses:
-        mine = {name for name in _operations[part].dims}
-        dims = tuple((name, size) for name, size in call[7] if name in mine)
-        names.add(_decision(part, *call[:7], dims, call[8]).kernel.name)
-    if len(names) != 1:
-        return False
-    kernel = _kernels[operation].get(names.pop())
-    return kernel is not None and not reasons_against(kernel, _request(operation, *call))
+def _common(
+    operation: str,
+    config: str,
+    device: str,
+    index: int | None,
+    dtype: torch.dtype,
+    grad: bool,
+    compiled: bool,
+    length: int,
+    dims: tuple[tuple[str, int], ...],
+) -> bool:
+    place = (_token(config), device, index, dtype, grad, compiled)
+    key = (operation, *place, length, dims)
+    if key not in _fused:
+        known = operations()
+        shortest = (0, *thresholds(operation))[length]
+        names = set()
+        for part in known[operation].fuses:
+            mine = tuple(item for item in dims if item[0] in known[part].dims)
+            names.add(_decision(part, *place, length_class(part, shortest), mine, ()).kernel.name)
+        try:
+            # Not only could it: a kernel that the user requires of the parts may not be the preset's for the whole.
+            names.add(_decision(operation, *place, length, dims, ()).kernel.name)
+            _fused[key] = len(names) == 1
+        except KernelUnavailable:
+            _fused[key] = False
+    return _fused[key]
 
 
 @contextmanager

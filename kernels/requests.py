@@ -14,7 +14,7 @@ KernelFunction = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a kernel cannot serve a request, and what the user can do about it. Both are sentences without a full stop."""
+    """Why a kernel cannot serve a request, and what the user can do about it. Neither ends in a full stop."""
 
     why: str
     fix: str = ""

@@ -16,9 +16,16 @@ def relu_(x: Tensor) -> Tensor:
     return x.relu_()
 
 
-def relu_backward(gradient: Tensor, after: Tensor) -> Tensor:
-    """The gradient before a ReLU, from the gradient and the value after it."""
-    return torch.ops.aten.threshold_backward(gradient, after, 0)
+def relu_backward_(gradient: Tensor, after: Tensor) -> Tensor:
+    """Make the gradient after a ReLU the one before it, in place."""
+    torch.ops.aten.threshold_backward.grad_input(gradient, after, 0, grad_input=gradient)
+    return gradient
+
+
+def add_rows(rows: Tensor, columns: Tensor, out: Tensor) -> Tensor:
+    """Lay down rows[r] + columns[j] for every pair of a block; `out` is [pairs, c]."""
+    torch.add(rows[:, None], columns, out=out.view(rows.shape[0], *columns.shape))
+    return out
 
 
 def accumulate_(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -27,6 +34,14 @@ def accumulate_(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total.add_(torch.mm(left, right))
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a batch of products, in place; a sum that is wider than the factors keeps its width."""
+    if total.dtype is left.dtype:
+        total.baddbmm_(left, right)
+    else:
+        total.add_(torch.bmm(left, right))
 
 
 def no_pair(mask: Bool[Tensor, " n"], rows: slice) -> Bool[Tensor, "rows n 1"]:
@@ -64,12 +79,13 @@ def layer_norm_rows_backward(
     d_out = d_out.reshape(x.shape).to(x.dtype)
     shape = x.shape[-1:]
     _, mean, inverse_std = torch.native_layer_norm(x, shape, weight, bias, eps)
+    d_x: Tensor
     d_x, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
         d_out, x, shape, mean, inverse_std, weight, bias, [True, True, True]
     )
     d_weight.add_(of_weight)
     d_bias.add_(of_bias)
-    return d_x  # type: ignore[no-any-return]
+    return d_x
 
 
 def zeros_like_wide(part: Tensor) -> Tensor:

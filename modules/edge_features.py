@@ -21,6 +21,7 @@ class EdgeFeatureNet(KernelModule):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
+        self.c_p: int = config.c_p
         self.num_bins: int = config.num_bins
         self.embed_chain: bool = config.embed_chain
         self.embed_diffuse_mask: bool = config.embed_diffuse_mask
@@ -39,7 +40,7 @@ class EdgeFeatureNet(KernelModule):
     def kernel_uses(self) -> list[Use]:
         """Edge features."""
         options = [name for name, on in (("chain", self.embed_chain), ("diffuse", self.embed_diffuse_mask)) if on]
-        dims = {"f": self.linear_s_p.out_features, "cz": self.edge_embedder[4].out_features, "bins": self.num_bins}
+        dims = {"f": self.linear_s_p.out_features, "cz": self.c_p, "bins": self.num_bins}
         return [Use("edge_features", dims, tuple(options))]
 
     def forward(
@@ -66,7 +67,7 @@ class EdgeFeatureNet(KernelModule):
             mask: In place of `p_mask`: 1 (or True) for residues that take part. Costs nothing extra.
             out_dtype: The floating type of the result.
         """
-        layers = self.edge_embedder
+        layers: Any = self.edge_embedder
         out = edge_features(
             self.linear_s_p(s),
             t,

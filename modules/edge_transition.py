@@ -1,5 +1,7 @@
 """The edge transition as a layer."""
 
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -8,6 +10,8 @@ from ..kernels.edge_transition import edge_transition
 from .kernel_module import KernelModule
 from .linear import Linear
 from .masks import boolean
+
+EdgeWeights = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class EdgeTransition(KernelModule):
@@ -58,18 +62,19 @@ class EdgeTransition(KernelModule):
             )
         ]
 
-    def weights(self) -> tuple[Tensor, ...]:
+    def weights(self) -> EdgeWeights:
         """The operation's weights, in its order."""
-        first, second = self.trunk[0], self.trunk[2]
+        layers: tuple[Any, ...] = (self.trunk[0], self.trunk[2], self.final_layer, self.layer_norm)
+        first, second, last, norm = layers
         return (
             first.weight,
             first.bias,
             second.weight,
             second.bias,
-            self.final_layer.weight,
-            self.final_layer.bias,
-            self.layer_norm.weight,
-            self.layer_norm.bias,
+            last.weight,
+            last.bias,
+            norm.weight,
+            norm.bias,
         )
 
     def forward(

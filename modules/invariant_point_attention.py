@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ..kernels.binding import Use
 from ..kernels.invariant_point_attention import invariant_point_attention
+from ..kernels.tensors import without_autocast
 from .kernel_module import KernelModule
 from .linear import Linear
 from .masks import boolean
@@ -74,7 +75,7 @@ class InvariantPointAttention(KernelModule):
         self.linear_out = Linear(heads * (pair + self.c_hidden + 4 * self.no_v_points), self.c_s, init="final")
 
     def kernel_uses(self) -> list[Use]:
-        """IPA, with dropped logits if this layer drops any."""
+        """IPA; with dropped logits when training, if this layer drops any."""
         dims = {
             "h": self.no_heads,
             "c": self.c_hidden,
@@ -82,9 +83,8 @@ class InvariantPointAttention(KernelModule):
             "pv": self.no_v_points,
             "cz": self.c_z,
         }
-        return [
-            Use("invariant_point_attention", dims, ("logit_dropout",) if self.dropout_prob > 0 else ()),
-        ]
+        dropped = [Use("invariant_point_attention", dims, ("logit_dropout",))] if self.dropout_prob > 0 else []
+        return [Use("invariant_point_attention", dims), *dropped]
 
     def forward(
         self,
@@ -147,10 +147,11 @@ class InvariantPointAttention(KernelModule):
         return q, k, v, q_points, k_points, v_points
 
     def combine(self, out: Tensor, out_points: Tensor, out_pair: Tensor, frames: Rigid) -> Float[Tensor, "b n c_s"]:
-        """Points back into each residue's frame, the pair values through `down_z`, everything through the last layer."""
-        with torch.autocast(out.device.type, enabled=False):
+        """Points back into each residue's frame, the pair values through `down_z`, all through the last layer."""
+        with without_autocast(out):
             local = frames.invert_apply(out_points)
-            norms = (local.square().sum(-1) + self.eps).sqrt()
+            x, y, z = local.unbind(-1)
+            norms = (x * x + y * y + z * z + self.eps).sqrt()
         if self.down_z is not None:
             # The weights sum to one, so the mean of the projections is the projection of the mean.
             out_pair = self.down_z(out_pair)
@@ -158,7 +159,7 @@ class InvariantPointAttention(KernelModule):
         features = torch.cat(
             [
                 out.flatten(2),
-                *(local[..., axis].flatten(2).to(dtype) for axis in range(3)),
+                *(axis.flatten(2).to(dtype) for axis in (x, y, z)),
                 norms.flatten(2).to(dtype),
                 out_pair.flatten(2).to(dtype),
             ],
@@ -170,7 +171,7 @@ class InvariantPointAttention(KernelModule):
 
     def _place(self, flat: Float[Tensor, "b n xyz_points"], frames: Rigid) -> Float[Tensor, "b n h points 3"]:
         b, n, _ = flat.shape
-        with torch.autocast(flat.device.type, enabled=False):
+        with without_autocast(flat):
             # xyz is the outermost axis of the layer's output; frames are never held in 16 bits.
             local = flat.view(b, n, 3, self.no_heads, -1).permute(0, 1, 3, 4, 2).to(frames.trans.dtype)
             return frames.apply(local)

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.edge_transition_attention import edge_transition_attention, pays
-
 from .edge_transition import EdgeTransition
 from .invariant_point_attention import InvariantPointAttention
 from .linear import Linear
@@ -47,7 +46,7 @@ class Trunk(nn.ModuleDict):
                     node_embed_size=c, edge_embed_in=c_z, edge_embed_out=c_z
                 )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         nodes: Float[Tensor, "b n c_s"],
         z: Float[Tensor, "b n n c_z"],
@@ -96,11 +95,17 @@ class Trunk(nn.ModuleDict):
         overwrite_z: bool,
     ) -> tuple[Tensor, Float[Tensor, "b n c_s"]]:
         """Block b's edge transition and the next block's IPA. Both see the same residues, so one pass may do both."""
-        transition: EdgeTransition = self[f"edge_transition_{b}"]
-        attention: InvariantPointAttention = self[f"ipa_{b + 1}"]
+        transition: Any = self[f"edge_transition_{b}"]
+        attention: Any = self[f"ipa_{b + 1}"]
         grad = torch.is_grad_enabled() and (z.requires_grad or transition.final_layer.weight.requires_grad)
         dims = {**transition.kernel_uses()[0].dims, **attention.kernel_uses()[0].dims}
-        alone = (self.training and attention.dropout_prob > 0) or transition.kernel_config != attention.kernel_config
+        alone = (
+            (self.training and attention.dropout_prob > 0)
+            or transition.kernel_config != attention.kernel_config
+            # One pass would go by without calling the layers, and so without their hooks.
+            or _has_hooks(transition)
+            or _has_hooks(attention)
+        )
         if alone or not pays(z, dims=dims, grad=grad, config=attention.kernel_config):
             z = transition(nodes, z, mask)
             return z, attention(nodes, z, frames, mask)
@@ -133,3 +138,9 @@ class Trunk(nn.ModuleDict):
         nodes = nodes + self[f"post_tfmr_{b}"](self[f"seq_tfmr_{b}"](nodes, mask))
         nodes = self[f"node_transition_{b}"](nodes)
         return nodes * there
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

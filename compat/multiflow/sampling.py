@@ -96,7 +96,7 @@ def run_sampling(
     batch_size: int = 1,
     num_timesteps: int | None = None,
     overwrite: bool = False,
-    write_trajectories: bool = False,
+    write_trajectories: bool = True,
     progress: bool | None = None,
     kernels: Kernels | None = None,
     arguments: Mapping[str, Any] | None = None,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..registry import floating_type, function_for, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad
+from ..tensors import any_requires_grad, without_autocast
 
 OPERATION = register_operation(
     Operation(
@@ -60,6 +60,6 @@ def attention(
         options=("dropout",) if keep is not None else (),
     )
     dtype = floating_type(q)
-    with pytorch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         out: Tensor = run(q.to(dtype), k.to(dtype), v.to(dtype), mask, keep, dropout)
     return out

@@ -1,4 +1,4 @@
-"""Attention with given dropout, as custom operators: the backward computes the weights again instead of keeping them."""
+"""Attention with given dropout, as custom operators: the backward computes the weights again."""
 
 import torch
 from torch import Tensor

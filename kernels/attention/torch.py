@@ -1,6 +1,5 @@
 """Padded self-attention through PyTorch's scaled_dot_product_attention; with dropout, by two products of our own."""
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F

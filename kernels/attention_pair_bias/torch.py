@@ -18,7 +18,7 @@ def run(
     projection: PairProjection | None = None,
 ) -> Float[Tensor, "s n h d"]:
     """Project the bias, then attend: the sequences that share a bias are its rows."""
-    bias = project(pairs, projection, q.dtype)
+    bias = project(pairs, projection)
     b = bias.shape[0]
     # [s, n, h, d] to [b, h, s / b, n, d]
     q, k, v = (x.unflatten(0, (b, -1)).permute(0, 3, 1, 2, 4) for x in (q, k, v))

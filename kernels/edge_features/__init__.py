@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..registry import floating_type, function_for, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad
+from ..tensors import any_requires_grad, without_autocast
 
 OPERATION = register_operation(
     Operation(
@@ -86,7 +86,7 @@ def edge_features(
         options=[name for name, given in (("chain", chain), ("diffuse", diffuse)) if given is not None],
     )
     dtype = out_dtype or floating_type(nodes)
-    with pytorch.autocast(nodes.device.type, enabled=False):
+    with without_autocast(nodes):
         out: Tensor = run(
             nodes,
             positions.detach(),

@@ -1,8 +1,8 @@
 """Edge features over one block of query rows: the pieces that the streamed kernel is made of.
 
 The first layer acts on the concatenated features of a pair, most of which take few values: what depends on one residue
-is computed once a residue, the sequence distance takes 2n - 1 values, and the two distograms and the chain flag together
-select one row of a small table.
+is computed once a residue, the sequence distance takes 2n - 1 values, and the two distograms and the chain flag
+together select one row of a small table.
 """
 
 from typing import NamedTuple
@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..blocks import Scratch
 from ..embeddings import sinusoids
-from ..rows import accumulate_, layer_norm_rows, layer_norm_rows_backward, relu_, relu_backward
+from ..rows import accumulate_, layer_norm_rows, layer_norm_rows_backward, relu_, relu_backward_
 from . import MAX_RELATIVE_POSITION
 from .reference import bin_edges
 
@@ -21,9 +22,9 @@ from .reference import bin_edges
 class Split(NamedTuple):
     """What a block needs.
 
-    Shapes: first_i, first_j [b, n, cz], the residues' shares of the first layer, with its bias; relpos [2n - 1, cz], the
-    share of the sequence distance, from n - 1 down to 1 - n; bins [(num_bins + 1)^2 * (1 or 2), cz], the share of the
-    distograms and the chain flag; weight_2, weight_3 [cz, cz]; bias_2, bias_3, norm_weight, norm_bias [cz].
+    Shapes: first_i, first_j [b, n, cz], the residues' shares of the first layer, with its bias; relpos [2n - 1, cz],
+    the share of the sequence distance, from n - 1 down to 1 - n; bins [(num_bins + 1)^2 * (1 or 2), cz], the share of
+    the distograms and the chain flag; weight_2, weight_3 [cz, cz]; bias_2, bias_3, norm_weight, norm_bias [cz].
     """
 
     first_i: Tensor
@@ -79,9 +80,8 @@ def split(
     bins = (table[:, None] + table_sc[None]).flatten(0, 1)
     if with_chain:
         bins = torch.cat([bins, bins + rest[0].t()])
-    return Split(
-        first_i, first_j, relpos @ of_relpos.t(), bins, weights[1], biases[1], weights[2], biases[2], norm_weight, norm_bias
-    )
+    residues, pairs = (first_i, first_j, relpos @ of_relpos.t(), bins), (weights[1], biases[1], weights[2], biases[2])
+    return Split(*residues, *pairs, norm_weight, norm_bias)
 
 
 def _bin(positions: Float[Tensor, "n 3"], rows: slice, num_bins: int) -> Int[Tensor, "rows n"]:
@@ -112,24 +112,33 @@ class Hidden(NamedTuple):
     last: Tensor
 
 
-def hidden_rows(parts: Split, index: Int[Tensor, " pairs"], i: int, rows: slice) -> Hidden:
+def hidden_rows(parts: Split, index: Int[Tensor, " pairs"], i: int, rows: slice, scratch: Scratch) -> Hidden:
     """The perceptron for a block."""
     n, cz = parts.first_j.shape[1:]
-    first = parts.bins.index_select(0, index).view(-1, n, cz)
+    pairs = index.shape[0]
+    first = torch.index_select(parts.bins, 0, index, out=scratch.take("first", pairs, cz)).view(-1, n, cz)
     first += parts.first_i[i, rows, None]
     first += parts.first_j[i]
-    # The distances of row r to all keys stand in a row, from n - 1 - r on: a window that slides over the table.
-    first += parts.relpos.unfold(0, n, 1)[n - rows.stop : n - rows.start].flip(0).transpose(1, 2)
+    for row, of_row in zip(range(rows.start, rows.stop), first, strict=True):
+        # The distances of a row to all keys stand one after the other in the table, from n - 1 - row on.
+        of_row += parts.relpos[n - 1 - row : 2 * n - 1 - row]
     flat = relu_(first.view(-1, cz))
-    second = relu_(torch.addmm(parts.bias_2, flat, parts.weight_2.t()))
-    return Hidden(flat, second, torch.addmm(parts.bias_3, second, parts.weight_3.t()))
+    second = relu_(torch.addmm(parts.bias_2, flat, parts.weight_2.t(), out=scratch.take("second", pairs, cz)))
+    last = torch.addmm(parts.bias_3, second, parts.weight_3.t(), out=scratch.take("last", pairs, cz))
+    return Hidden(flat, second, last)
 
 
 def forward_rows(
-    parts: Split, geometry: Geometry, i: int, rows: slice, mask: Bool[Tensor, " n"] | None, eps: float
+    parts: Split,
+    geometry: Geometry,
+    i: int,
+    rows: slice,
+    mask: Bool[Tensor, " n"] | None,
+    eps: float,
+    scratch: Scratch,
 ) -> Float[Tensor, "rows n cz"]:
     """The pair representation of a block; a pair with a masked residue is zero."""
-    last = hidden_rows(parts, table_rows(geometry, i, rows), i, rows).last
+    last = hidden_rows(parts, table_rows(geometry, i, rows), i, rows, scratch).last
     return layer_norm_rows(last, parts.norm_weight, parts.norm_bias, rows, mask, eps)
 
 
@@ -142,12 +151,13 @@ def backward_rows(
     d_out: Float[Tensor, "rows n cz"],
     mask: Bool[Tensor, " n"] | None,
     eps: float,
+    scratch: Scratch,
 ) -> None:
     """Add a block's share to `gradients`, computing the hidden layers again."""
     n, cz = parts.first_j.shape[1:]
     wide = gradients.weight_2.dtype
     index = table_rows(geometry, i, rows)
-    hidden = hidden_rows(parts, index, i, rows)
+    hidden = hidden_rows(parts, index, i, rows, scratch)
     d_last = layer_norm_rows_backward(
         d_out,
         hidden.last,
@@ -161,10 +171,11 @@ def backward_rows(
     )
     gradients.bias_3.add_(d_last.sum(0, dtype=wide))
     accumulate_(gradients.weight_3, d_last.t(), hidden.second)
-    d_second = relu_backward(torch.mm(d_last, parts.weight_3), hidden.second)
+    d_second = torch.mm(d_last, parts.weight_3, out=scratch.take("d_second", *hidden.second.shape))
+    relu_backward_(d_second, hidden.second)
     gradients.bias_2.add_(d_second.sum(0, dtype=wide))
     accumulate_(gradients.weight_2, d_second.t(), hidden.first)
-    d_first = relu_backward(torch.mm(d_second, parts.weight_2), hidden.first)
+    d_first = relu_backward_(torch.mm(d_second, parts.weight_2, out=hidden.second), hidden.first)
 
     gradients.bins.index_add_(0, index, d_first.to(wide))
     by_pair = d_first.view(-1, n, cz)

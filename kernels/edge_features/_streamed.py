@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..blocks import block_dtype, row_blocks
+from ..blocks import Scratch, block_dtype, row_blocks
 from ..custom import no_double_backward
 from ..rows import zeros_like_wide
+from ..tensors import item_masks
 from ._rows import Geometry, Split, backward_rows, forward_rows
 
 
@@ -24,11 +25,13 @@ def edge_features_streamed(
     split = Split(*parts)
     b, n, cz = split.first_j.shape
     out = split.first_j.new_empty(b, n, n, cz, dtype=out_dtype)
-    split = Split(*(part.to(block_dtype(out)) for part in parts))
+    dtype = block_dtype(out)
+    split = Split(*(part.to(dtype) for part in parts))
+    scratch, masks = Scratch(out, dtype), item_masks(mask, b)
     geometry = Geometry(positions, positions_sc, chain, num_bins)
     with torch.autocast(out.device.type, enabled=False):
         for i, rows in row_blocks(out):
-            out[i, rows] = forward_rows(split, geometry, i, rows, None if mask is None else mask[i], eps)
+            out[i, rows] = forward_rows(split, geometry, i, rows, masks[i], eps, scratch)
     return out
 
 
@@ -54,10 +57,10 @@ def edge_features_streamed_backward(
     split = Split(*(part.to(dtype) for part in parts))
     gradients = Split(*(zeros_like_wide(part) for part in parts))
     geometry = Geometry(positions, positions_sc, chain, num_bins)
+    scratch, masks = Scratch(d_out, dtype), item_masks(mask, d_out.shape[0])
     with torch.autocast(d_out.device.type, enabled=False):
         for i, rows in row_blocks(d_out):
-            there = None if mask is None else mask[i]
-            backward_rows(split, gradients, geometry, i, rows, d_out[i, rows].to(dtype), there, eps)
+            backward_rows(split, gradients, geometry, i, rows, d_out[i, rows].to(dtype), masks[i], eps, scratch)
     return [gradient.to(part.dtype) for gradient, part in zip(gradients, parts, strict=True)]
 
 

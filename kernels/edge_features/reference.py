@@ -50,9 +50,8 @@ def run(
     nodes = nodes.to(dtype)
     index = torch.arange(n, device=nodes.device)
     offsets = index[:, None] - index[None]
-    relpos = F.linear(
-        sinusoids(offsets, relpos_weight.shape[1], MAX_RELATIVE_POSITION, dtype), relpos_weight.to(dtype), relpos_bias.to(dtype)
-    )
+    waves = sinusoids(offsets, relpos_weight.shape[1], MAX_RELATIVE_POSITION, dtype)
+    relpos = F.linear(waves, relpos_weight.to(dtype), relpos_bias.to(dtype))
     columns = [
         nodes[:, :, None].expand(-1, -1, n, -1),
         nodes[:, None].expand(-1, n, -1, -1),

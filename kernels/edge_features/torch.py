@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..registry import register
 from ..requests import KernelFunction, serves_everything
+from ..tensors import widest
 from ._rows import split
 from ._streamed import edge_features_streamed
 
@@ -28,17 +29,19 @@ def run(
     out_dtype: torch.dtype,
 ) -> Float[Tensor, "b n n cz"]:
     """Take the first layer apart, then stream."""
+    # The residues' shares and the tables cost next to nothing: they are never rounded to 16 bits.
+    dtype = widest(nodes, weights[0])
     parts = split(
-        nodes.to(weights[0].dtype),
+        nodes.to(dtype),
         diffuse,
         chain is not None,
         num_bins,
-        relpos_weight,
-        relpos_bias,
-        weights,
-        biases,
-        norm_weight,
-        norm_bias,
+        relpos_weight.to(dtype),
+        relpos_bias.to(dtype),
+        (weights[0].to(dtype), weights[1].to(dtype), weights[2].to(dtype)),
+        (biases[0].to(dtype), biases[1].to(dtype), biases[2].to(dtype)),
+        norm_weight.to(dtype),
+        norm_bias.to(dtype),
     )
     return edge_features_streamed(list(parts), positions, positions_sc, chain, mask, num_bins, eps, out_dtype)
 

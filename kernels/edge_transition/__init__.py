@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..registry import floating_type, function_for, precision, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad
+from ..tensors import any_requires_grad, without_autocast
 
 OPERATION = register_operation(
     Operation(
@@ -71,6 +71,6 @@ def edge_transition(
     )
     dtype = floating_type(z)
     rounded = dtype is pytorch.float32 and precision(config) == "bfloat16"
-    with pytorch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         out: Tensor = run(nodes, z.to(pytorch.bfloat16) if rounded else z.to(dtype), *weights, mask, eps)
     return out.to(dtype)

@@ -10,7 +10,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..rows import accumulate_, layer_norm_rows, layer_norm_rows_backward, relu_, relu_backward, zeros_like_wide
+from ..blocks import Scratch
+from ..rows import (
+    accumulate_,
+    add_rows,
+    layer_norm_rows,
+    layer_norm_rows_backward,
+    relu_,
+    relu_backward_,
+    zeros_like_wide,
+)
 
 
 class Split(NamedTuple):
@@ -70,23 +79,24 @@ def prepare(parts: Split, dtype: torch.dtype) -> Split:
 
 
 class Hidden(NamedTuple):
-    """What a block passes through, [rows * n, ...]: both hidden layers after their ReLU, and the last layer's output."""
+    """What a block passes through, [pairs, ...]: both hidden layers after their ReLU, and the last layer's output."""
 
     first: Tensor
     second: Tensor
     last: Tensor
 
 
-def hidden_rows(parts: Split, i: int, rows: slice, z: Float[Tensor, "rows n cz"]) -> Hidden:
+def hidden_rows(parts: Split, i: int, rows: slice, z: Float[Tensor, "rows n cz"], scratch: Scratch) -> Hidden:
     """The perceptron and the last layer for a block; biases are laid down first and the products added onto them."""
-    count, n, cz = z.shape
-    pairs = z.reshape(count * n, cz)
-    first = (parts.first_i[i, rows, None] + parts.first_j[i, None]).flatten(0, 1)
+    pairs = z.reshape(-1, z.shape[-1])
+    hidden, last = parts.weight_2.shape[0], parts.weight_out.shape[0]
+    first = add_rows(parts.first_i[i, rows], parts.first_j[i], scratch.take("first", pairs.shape[0], hidden))
     relu_(first.addmm_(pairs, parts.weight_1.t()))
-    second = relu_(torch.addmm(parts.bias_2, first, parts.weight_2.t()))
-    last = (parts.last_i[i, rows, None] + parts.last_j[i, None]).flatten(0, 1)
-    last.addmm_(second, parts.weight_out.t()).addmm_(pairs, parts.weight_skip.t())
-    return Hidden(first, second, last)
+    second = scratch.take("second", pairs.shape[0], hidden)
+    relu_(torch.addmm(parts.bias_2, first, parts.weight_2.t(), out=second))
+    out = add_rows(parts.last_i[i, rows], parts.last_j[i], scratch.take("last", pairs.shape[0], last))
+    out.addmm_(second, parts.weight_out.t()).addmm_(pairs, parts.weight_skip.t())
+    return Hidden(first, second, out)
 
 
 def forward_rows(
@@ -96,9 +106,10 @@ def forward_rows(
     z: Float[Tensor, "rows n cz"],
     mask: Bool[Tensor, " n"] | None,
     eps: float,
+    scratch: Scratch,
 ) -> Float[Tensor, "rows n cz_out"]:
     """The new pair representation of a block; a pair with a masked residue is zero."""
-    last = hidden_rows(parts, i, rows, z).last
+    last = hidden_rows(parts, i, rows, z, scratch).last
     return layer_norm_rows(last, parts.norm_weight, parts.norm_bias, rows, mask, eps)
 
 
@@ -112,6 +123,7 @@ def backward_rows(
     d_out: Float[Tensor, "rows n cz_out"],
     mask: Bool[Tensor, " n"] | None,
     eps: float,
+    scratch: Scratch,
 ) -> Float[Tensor, "rows n cz"]:
     """The gradient of a block of z; those of `parts` are added to `gradients`.
 
@@ -125,6 +137,10 @@ def backward_rows(
         d_out: The gradient of the block's output.
         mask: Residues that take part.
         eps: LayerNorm's epsilon.
+        scratch: Memory of the pass.
+
+    Returns:
+        The gradient, in scratch memory: copy it before the next block.
     """
     count, n, cz = z.shape
     pairs = z.reshape(count * n, cz)
@@ -146,18 +162,18 @@ def backward_rows(
     accumulate_(gradients.weight_out, d_last.t(), hidden.second)
     accumulate_(gradients.weight_skip, d_last.t(), pairs)
 
-    d_second = torch.mm(d_last, parts.weight_out)
-    d_second = relu_backward(d_second, hidden.second)
+    d_second = torch.mm(d_last, parts.weight_out, out=scratch.take("d_second", *hidden.second.shape))
+    relu_backward_(d_second, hidden.second)
     gradients.bias_2.add_(d_second.sum(0, dtype=wide))
     accumulate_(gradients.weight_2, d_second.t(), hidden.first)
 
-    d_first = torch.mm(d_second, parts.weight_2, out=hidden.second)
-    d_first = relu_backward(d_first, hidden.first)
+    d_first = relu_backward_(torch.mm(d_second, parts.weight_2, out=hidden.second), hidden.first)
     by_pair = d_first.view(count, n, -1)
     gradients.first_i[i, rows] = by_pair.sum(1, dtype=wide)
     gradients.first_j[i].add_(by_pair.sum(0, dtype=wide))
     accumulate_(gradients.weight_1, d_first.t(), pairs)
-    return torch.mm(d_first, parts.weight_1).addmm_(d_last, parts.weight_skip).view(count, n, cz)
+    dz = torch.mm(d_first, parts.weight_1, out=scratch.take("dz", count * n, cz))
+    return dz.addmm_(d_last, parts.weight_skip).view(count, n, cz)
 
 
 def zero_gradients(parts: Split) -> Split:

@@ -7,8 +7,9 @@ backward computes the hidden layers again instead of keeping them.
 import torch
 from torch import Tensor
 
-from ..blocks import block_dtype, row_blocks
+from ..blocks import Scratch, block_dtype, row_blocks
 from ..custom import no_double_backward
+from ..tensors import item_masks
 from ._rows import Split, backward_rows, forward_rows, hidden_rows, prepare, zero_gradients
 
 
@@ -18,10 +19,10 @@ def edge_transition_streamed(z: Tensor, parts: list[Tensor], mask: Tensor | None
     dtype = block_dtype(z)
     prepared = prepare(Split(*parts), dtype)
     out = z.new_empty(*z.shape[:3], prepared.weight_out.shape[0])
+    scratch, masks = Scratch(z, dtype), item_masks(mask, z.shape[0])
     with torch.autocast(z.device.type, enabled=False):
         for i, rows in row_blocks(z):
-            there = None if mask is None else mask[i]
-            out[i, rows] = forward_rows(prepared, i, rows, z[i, rows].to(dtype), there, eps)
+            out[i, rows] = forward_rows(prepared, i, rows, z[i, rows].to(dtype), masks[i], eps, scratch)
     return out
 
 
@@ -39,12 +40,13 @@ def edge_transition_streamed_backward(
     prepared = prepare(Split(*parts), dtype)
     gradients = zero_gradients(Split(*parts))
     dz = torch.empty_like(z, memory_format=torch.contiguous_format)
+    scratch, masks = Scratch(z, dtype), item_masks(mask, z.shape[0])
     with torch.autocast(z.device.type, enabled=False):
         for i, rows in row_blocks(z):
-            there = None if mask is None else mask[i]
             z_rows = z[i, rows].to(dtype)
-            hidden = hidden_rows(prepared, i, rows, z_rows)
-            dz[i, rows] = backward_rows(prepared, gradients, i, rows, z_rows, hidden, d_out[i, rows], there, eps)
+            hidden = hidden_rows(prepared, i, rows, z_rows, scratch)
+            d_rows = d_out[i, rows]
+            dz[i, rows] = backward_rows(prepared, gradients, i, rows, z_rows, hidden, d_rows, masks[i], eps, scratch)
     return [dz, *(gradient.to(part.dtype) for gradient, part in zip(gradients, parts, strict=True))]
 
 

@@ -6,13 +6,12 @@ and the last pair representation need never be written. The maths is that of the
 
 from typing import NamedTuple
 
-import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..registry import common_kernel, floating_type, function_for, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad
+from ..tensors import any_requires_grad, without_autocast
 
 OPERATION = register_operation(
     Operation(
@@ -99,6 +98,6 @@ def edge_transition_attention(
         config=config,
     )
     attention = (q, k, v, q_points, k_points, v_points, point_weights, bias_weight)
-    with pytorch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         out: Attended = run(nodes, z, edge_weights, attention, mask, eps, keep_z, overwrite_z and not grad)
     return out

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from ..blocks import block_dtype, row_blocks
+from ..blocks import Scratch, block_dtype, row_blocks
 from ..custom import no_double_backward
 from ..edge_transition import _rows as edge
 from ..invariant_point_attention import _rows as ipa
 from ..rows import layer_norm_rows
+from ..tensors import item_masks
 
 
 def _forward(
@@ -25,9 +26,10 @@ def _forward(
     dtype = block_dtype(z)
     split = edge.prepare(edge.Split(*parts), dtype)
     attending = ipa.Forward(q, k, v, bias_weight, mask, None, dtype)
+    scratch, masks = Scratch(z, dtype), item_masks(mask, z.shape[0])
     with torch.autocast(z.device.type, enabled=False):
         for i, rows in row_blocks(z):
-            block = edge.forward_rows(split, i, rows, z[i, rows].to(dtype), mask[i], eps)
+            block = edge.forward_rows(split, i, rows, z[i, rows].to(dtype), masks[i], eps, scratch)
             if new_z is not None:
                 new_z[i, rows] = block
             attending.block(i, rows, block)
@@ -104,15 +106,18 @@ def fused_streamed_backward(
     gradients = edge.zero_gradients(edge.Split(*parts))
     attending = ipa.Backward(d_out, d_pair, q, k, v, bias_weight, mask, None, dtype)
     d_old = torch.empty_like(z, memory_format=torch.contiguous_format)
+    scratch, masks = Scratch(z, dtype), item_masks(mask, z.shape[0])
     with torch.autocast(z.device.type, enabled=False):
         for i, rows in row_blocks(z):
             z_rows = z[i, rows].to(dtype)
-            hidden = edge.hidden_rows(split, i, rows, z_rows)
-            block = layer_norm_rows(hidden.last, split.norm_weight, split.norm_bias, rows, mask[i], eps)
+            hidden = edge.hidden_rows(split, i, rows, z_rows, scratch)
+            block = layer_norm_rows(hidden.last, split.norm_weight, split.norm_bias, rows, masks[i], eps)
             d_block = attending.block_gradient(i, rows, block)
             if d_z is not None:
                 d_block += d_z[i, rows]
-            d_old[i, rows] = edge.backward_rows(split, gradients, i, rows, z_rows, hidden, d_block, mask[i], eps)
+            d_old[i, rows] = edge.backward_rows(
+                split, gradients, i, rows, z_rows, hidden, d_block, masks[i], eps, scratch
+            )
     dq, dk, dv, d_weight = attending.gradients()
     d_parts = (gradient.to(part.dtype) for gradient, part in zip(gradients, parts, strict=True))
     return [d_old, dq, dk, dv, d_weight.to(bias_weight.dtype), *d_parts]

@@ -21,9 +21,12 @@ def run(
     overwrite_z: bool,
 ) -> Attended:
     """Update, then attend."""
-    *queries, bias_weight = attention
-    z = edge_transition.run(nodes, z, *edge_weights, mask, eps)
-    values, points, pair = invariant_point_attention.run(*queries, z, bias_weight, mask)
+    q, k, v, q_points, k_points, v_points, point_weights, bias_weight = attention
+    w1, b1, w2, b2, w_out, b_out, norm_weight, norm_bias = edge_weights
+    z = edge_transition.run(nodes, z, w1, b1, w2, b2, w_out, b_out, norm_weight, norm_bias, mask, eps)
+    values, points, pair = invariant_point_attention.run(
+        q, k, v, q_points, k_points, v_points, point_weights, z, bias_weight, mask
+    )
     return Attended(z if keep_z else None, values, points, pair)
 
 

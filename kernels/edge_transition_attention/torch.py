@@ -1,4 +1,4 @@
-"""The edge transition and invariant point attention in one streamed pass: each row of z is read once, and written once."""
+"""The edge transition and invariant point attention in one streamed pass: a row of z is read and written once."""
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -8,6 +8,7 @@ from ..invariant_point_attention._rows import lift
 from ..invariant_point_attention.torch import split_values
 from ..registry import register
 from ..requests import KernelFunction, Reason, Request
+from ..tensors import widest
 from . import Attended
 from ._streamed import fused_streamed, fused_streamed_
 
@@ -32,7 +33,8 @@ def run(
 ) -> Attended:
     """Split the weights, lift the queries, stream."""
     q, k, v, q_points, k_points, v_points, point_weights, bias_weight = attention
-    parts = list(split(nodes.to(edge_weights[0].dtype), z.shape[-1], *edge_weights))
+    dtype = widest(nodes, edge_weights[0])
+    parts = list(split(nodes.to(dtype), z.shape[-1], *(weight.to(dtype) for weight in edge_weights)))
     lifted = lift(q, k, v, q_points, k_points, v_points, point_weights, mask)
     if overwrite_z:
         out, pair = fused_streamed_(z, parts, lifted.q, lifted.k, lifted.v, bias_weight, mask, eps, keep_z)

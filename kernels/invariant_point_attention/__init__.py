@@ -1,4 +1,4 @@
-"""Invariant point attention (IPA): attention over residues by scalars, by points in space, and by the pair representation.
+"""Invariant point attention (IPA): attention by scalars, by points in space, and by the pair representation.
 
 Jumper et al. 2021, Supplementary Algorithm 22, lines 7 to 11. What comes before (projections, moving points into the
 global frame) and after (back into the local frame, the output projection) is the module's.
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..registry import floating_type, function_for, precision, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad
+from ..tensors import any_requires_grad, without_autocast
 
 OPERATION = register_operation(
     Operation(
@@ -85,7 +85,7 @@ def invariant_point_attention(
     # Distances are differences of large numbers: points are never held in 16 bits.
     point_dtype = pytorch.float64 if dtype is pytorch.float64 else pytorch.float32
     rounded = dtype is pytorch.float32 and precision(config) == "bfloat16"
-    with pytorch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         out: tuple[Tensor, Tensor, Tensor] = run(
             q.to(dtype),
             k.to(dtype),

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..rows import add_product_
 from ..tensors import widest
 
 #: A logit that no key can win with. Finite, so that a row without any keys stays finite until it is set to zero.
@@ -48,7 +49,7 @@ def lift(
     centre = ((k_points.to(dtype) * there).sum(1, keepdim=True) / count).mean((2, 3), keepdim=True).detach()
     q_points, k_points, v_points = (x.to(dtype) - centre for x in (q_points, k_points, v_points))
     weight = sqrt(2 / (27 * p)) * point_weights.to(dtype)[:, None]
-    norm = -0.5 * weight * k_points.square().sum((-1, -2))[..., None]
+    norm = -0.5 * weight * k_points.flatten(-2).square().sum(-1, keepdim=True)
     lifted_q = torch.cat(
         [q.to(dtype) * sqrt(1 / (3 * c)), (weight[..., None] * q_points).flatten(-2), torch.ones_like(norm)], dim=-1
     )
@@ -56,23 +57,8 @@ def lift(
         [k.to(dtype), k_points.flatten(-2), norm.masked_fill(~mask[:, :, None, None], NEVER)], dim=-1
     )
     lifted_v = torch.cat([v.to(dtype), v_points.flatten(-2)], dim=-1)
-    return Lifted(*(x.transpose(1, 2).contiguous() for x in (lifted_q, lifted_k, lifted_v)), centre)
-
-
-def attention_rows(
-    q: Float[Tensor, "h rows d"],
-    k_transposed: Float[Tensor, "h d n"],
-    z: Float[Tensor, "rows n cz"],
-    bias_weight: Float[Tensor, "cz h"],
-    pair_mask: Bool[Tensor, "rows n"] | None,
-) -> Float[Tensor, "h rows n"]:
-    """The attention weights of a block. `bias_weight` is transposed, scaled by sqrt(1/3), and of z's type."""
-    rows, n, _ = z.shape
-    logits = torch.bmm(q, k_transposed)
-    logits += torch.mm(z.reshape(rows * n, -1), bias_weight).view(rows, n, -1).permute(2, 0, 1)
-    if pair_mask is not None:
-        logits.masked_fill_(~pair_mask, NEVER)
-    return torch.softmax(logits, -1, out=logits)
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (lifted_q, lifted_k, lifted_v))
+    return Lifted(q, k, v, centre)
 
 
 class Forward:
@@ -101,22 +87,30 @@ class Forward:
         b, h, n, _ = q.shape
         self.q, self.v, self.there, self.pair_mask = q, v, there, pair_mask
         self.k_transposed = k.transpose(2, 3).contiguous()
-        self.weight = (sqrt(1 / 3) * bias_weight).to(dtype).t().contiguous()
+        self.weight = (sqrt(1 / 3) * bias_weight).to(dtype)
         self.out = q.new_empty(b, h, n, v.shape[-1])
         self.pair = q.new_empty(b, n, h, bias_weight.shape[1])
 
-    def attend(self, i: int, rows: slice, z: Float[Tensor, "rows n cz"]) -> Float[Tensor, "h rows n"]:
-        """The attention weights of a block."""
-        allowed = None if self.pair_mask is None else self.pair_mask[i, rows]
-        return attention_rows(self.q[i, :, rows], self.k_transposed[i], z, self.weight, allowed)
+    def attend(self, i: int, rows: slice, z: Float[Tensor, "rows n cz"]) -> Float[Tensor, "rows h n"]:
+        """The attention weights of a block.
+
+        Rows stand outermost: z's share of the logits is then one small product a row, added where the logits are.
+        """
+        q = self.q[i, :, rows]
+        logits = q.new_empty(q.shape[1], q.shape[0], z.shape[1])
+        torch.bmm(q, self.k_transposed[i], out=logits.transpose(0, 1))
+        add_product_(logits, self.weight.expand(z.shape[0], -1, -1), z.transpose(1, 2))
+        if self.pair_mask is not None:
+            logits.masked_fill_(~self.pair_mask[i, rows, None], NEVER)
+        return torch.softmax(logits, -1, out=logits)
 
     def block(self, i: int, rows: slice, z: Float[Tensor, "rows n cz"]) -> None:
         """Average the values and the pair representation over the keys."""
         attention = self.attend(i, rows, z)
         gone = ~self.there[i, rows]
         out, pair = self.out[i, :, rows], self.pair[i, rows]
-        out.copy_(torch.bmm(attention, self.v[i])).masked_fill_(gone[None, :, None], 0.0)
-        pair.copy_(torch.bmm(attention.transpose(0, 1).to(z.dtype), z)).masked_fill_(gone[:, None, None], 0.0)
+        out.copy_(torch.bmm(attention.transpose(0, 1), self.v[i])).masked_fill_(gone[None, :, None], 0.0)
+        pair.copy_(torch.bmm(attention.to(z.dtype), z)).masked_fill_(gone[:, None, None], 0.0)
 
 
 class Backward(Forward):
@@ -153,19 +147,21 @@ class Backward(Forward):
         d_out, d_pair = self.d_out[i, :, rows], self.d_pair[i, rows]
         attention = self.attend(i, rows, z)
         # dL = a (dA - sum_j a dA), where dA collects what the values and the pair values ask for.
-        d_logits = torch.bmm(d_out, self.v_transposed[i])
-        d_logits += torch.bmm(d_pair.to(z.dtype), z.transpose(1, 2)).transpose(0, 1)
+        d_logits = torch.empty_like(attention)
+        torch.bmm(d_out, self.v_transposed[i], out=d_logits.transpose(0, 1))
+        add_product_(d_logits, d_pair.to(z.dtype), z.transpose(1, 2))
         d_logits -= (d_logits * attention).sum(-1, keepdim=True)
         d_logits *= attention
 
-        self.dq[i, :, rows] = torch.bmm(d_logits, self.k[i])
-        self.dk[i].baddbmm_(d_logits.transpose(1, 2), self.q[i, :, rows])
-        self.dv[i].baddbmm_(attention.transpose(1, 2), d_out)
-        self.d_weight += torch.bmm(d_logits.transpose(0, 1).to(z.dtype), z).sum(0, dtype=self.d_weight.dtype)
+        by_head = d_logits.transpose(0, 1)
+        self.dq[i, :, rows] = torch.bmm(by_head, self.k[i])
+        self.dk[i].baddbmm_(by_head.transpose(1, 2), self.q[i, :, rows])
+        self.dv[i].baddbmm_(attention.permute(1, 2, 0), d_out)
+        self.d_weight += torch.bmm(d_logits.to(z.dtype), z).sum(0, dtype=self.d_weight.dtype)
         # The logits' and the pair values' share of z's gradient in one product: [dL | a] @ [W_b ; dO].
-        left = torch.cat([d_logits, attention]).permute(1, 2, 0)
-        right = torch.cat([self.scaled_weight.expand(z.shape[0], -1, -1), d_pair], dim=1)
-        return torch.bmm(left.to(z.dtype), right.to(z.dtype))
+        left = torch.cat([d_logits, attention], dim=1).to(z.dtype)
+        right = torch.cat([self.scaled_weight.expand(z.shape[0], -1, -1), d_pair], dim=1).to(z.dtype)
+        return torch.bmm(left.transpose(1, 2), right)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The gradients of q, k, v and bias_weight."""

@@ -47,7 +47,7 @@ def run(
     allowed = mask[:, None, :, None] & mask[:, None, None, :]
     if pair_mask is not None:
         allowed = allowed & pair_mask[:, None]
-    # A row without keys would be 0 / 0. Its logits are set to zero and its weights too, so no NaN is ever differentiated.
+    # A row without keys would be 0 / 0: its logits and its weights are set to zero, so no NaN is differentiated.
     empty = ~allowed.any(-1, keepdim=True)
     attention = logits.masked_fill(~allowed & ~empty, -torch.inf).masked_fill(empty, 0.0).softmax(-1)
     attention = attention.masked_fill(empty, 0.0)

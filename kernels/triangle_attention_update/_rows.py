@@ -40,7 +40,7 @@ class Forward:
         # One product for all four: the same block is read once, and the product is as wide as processors like it.
         self.packed: Float[Tensor, "4*h*d cz"] = torch.cat([self.w.q, self.w.k, self.w.v, self.w.gate])
         b, n, m, _ = z.shape
-        self.bias: Float[Tensor, "b h n n"] = z.new_empty(b, self.w.bias.shape[0], n, m, dtype=self.dtype)
+        self.bias: Float[Tensor, "b h n n"] = z.new_empty(b, self.w.bias.shape[0], n, m, dtype=widest(z))
         pair_bias_into(self.bias, z, self.w.norm_weight, self.w.norm_bias, self.w.bias, eps)
 
     def normed(self, rows: Float[Tensor, "r m cz"]) -> Float[Tensor, "pairs cz"]:
@@ -81,10 +81,12 @@ class Backward(Forward):
         eps: float,
     ) -> None:
         super().__init__(z, mask, weights, gate_bias, out_bias, eps)
-        self.d_bias = torch.zeros_like(self.bias, dtype=widest(self.bias))
+        self.d_bias = torch.zeros_like(self.bias)
+        self.d_project = zeros_like_wide(self.w.bias)
         self.d_packed, self.d_out = zeros_like_wide(self.packed), zeros_like_wide(self.w.out)
         self.d_scale, self.d_shift = zeros_like_wide(self.w.norm_weight), zeros_like_wide(self.w.norm_bias)
-        self.d_gate_bias, self.d_out_bias = self.d_packed.new_zeros(len(self.w.gate)), self.d_out.new_zeros(z.shape[-1])
+        self.d_gate_bias = self.d_packed.new_zeros(len(self.w.gate))
+        self.d_out_bias = self.d_out.new_zeros(z.shape[-1])
 
     def block_gradient(
         self, i: int, rows: slice, d_update: Float[Tensor, "r m cz"]
@@ -137,15 +139,27 @@ class Backward(Forward):
         self.d_shift += of_shift
         return dx  # type: ignore[no-any-return]
 
-    def gradients(self, dz: Float[Tensor, "b n n cz"]) -> list[Tensor]:
-        """The gradients of all ten weights, once every block is done; `dz` gets what comes through the bias."""
-        through_bias = pair_bias_backward(
-            dz, self.d_bias, self.z, self.w.norm_weight, self.w.norm_bias, self.w.bias, self.eps, add=True
+    def add_through_bias(self, i: int, dz: Float[Tensor, "n n cz"]) -> None:
+        """Add what reaches batch item i through the bias, once all its blocks are done."""
+        scale, shift, project = pair_bias_backward(
+            dz[None],
+            self.d_bias[i : i + 1],
+            self.z[i : i + 1],
+            self.w.norm_weight,
+            self.w.norm_bias,
+            self.w.bias,
+            self.eps,
+            add=True,
         )
-        of_norm = (self.d_scale + through_bias[0], self.d_shift + through_bias[1], through_bias[2])
-        given = (*self.given[:8], self.given.gate, self.given.out)  # missing biases have a gradient, which nobody asks for
+        self.d_scale += scale
+        self.d_shift += shift
+        self.d_project += project
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of all ten weights, once every item is done. Missing biases have one, too: nobody asks for it."""
+        given = (*self.given[:8], self.given.gate, self.given.out)
         apart = (of_one.clone() for of_one in self.d_packed.chunk(4))  # an operator's results may not share memory
-        found = (*of_norm, *apart, self.d_out, self.d_gate_bias, self.d_out_bias)
+        found = (self.d_scale, self.d_shift, self.d_project, *apart, self.d_out, self.d_gate_bias, self.d_out_bias)
         return [gradient.to(like.dtype) for gradient, like in zip(found, given, strict=True)]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..blocks import row_blocks
 from ..custom import no_double_backward
+from ..tensors import widest
 from ._rows import Backward, Forward
 
 
@@ -54,9 +55,15 @@ def triangle_attention_update_streamed_backward(
     d_out, z, into, mask = (x.transpose(1, 2) if ending and x is not None else x for x in (d_out, z, dz, mask))
     with torch.autocast(dz.device.type, enabled=False):
         backward = Backward(z, mask, weights, gate_bias, out_bias, eps)
-        for i, rows in row_blocks(z):
-            into[i, rows] = backward.block_gradient(i, rows, d_out[i, rows])
-        return [dz, *backward.gradients(into)]
+        for i in range(z.shape[0]):
+            # What comes through the bias is added last: 16 bits would round the sum twice.
+            sums = into[i] if dz.dtype is widest(dz) else torch.empty_like(into[i], dtype=widest(dz))
+            for _, rows in row_blocks(z[i : i + 1]):
+                sums[rows] = backward.block_gradient(i, rows, d_out[i, rows])
+            backward.add_through_bias(i, sums)
+            if sums.dtype is not dz.dtype:
+                into[i] = sums
+        return [dz, *backward.gradients()]
 
 
 @triangle_attention_update_streamed_backward.register_fake
@@ -80,4 +87,9 @@ def _backward(ctx, d_out):  # type: ignore[no-untyped-def]
 
 
 triangle_attention_update_streamed.register_autograd(_backward, setup_context=_keep)
-no_double_backward(triangle_attention_update_streamed_backward, operation="triangle_attention", kernel="torch")
+no_double_backward(
+    triangle_attention_update_streamed_backward,
+    operation="triangle_attention_update",
+    kernel="torch",
+    setting="triangle_attention",
+)

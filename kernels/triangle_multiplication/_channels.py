@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..blocks import block_dtype, pairs_per_block, slices
 from ..rows import accumulate_
+from ..tensors import widest
 from . import Weights
 
 _CHANNELS = 32  # products at once: fewer leave the projections too narrow, more take memory
@@ -137,11 +138,13 @@ def backward_item(
     factors = product.new_empty(2, c, n, n)
     _factors(z, mask, w, slice(0, c), eps, factors)
     _multiply(factors, outgoing, product)
-    _output_backward(d_out, z, product, w, sums, eps, dz)
+    # The gate's share of the gradient waits here for the factors'; 16 bits would round the sum twice.
+    dx = dz if dz.dtype is widest(dz) else torch.empty_like(dz, dtype=widest(dz))
+    _output_backward(d_out, z, product, w, sums, eps, dx)
     for channels in slices(c, _CHANNELS):
         factors[:, channels] = _multiply_backward(factors[:, channels], product[channels], outgoing)
     del product
-    _input_backward(factors, z, mask, w, sums, eps, dz)
+    _input_backward(factors, z, mask, w, sums, eps, dx, dz)
 
 
 def _output_backward(
@@ -187,9 +190,10 @@ def _input_backward(
     w: Weights,
     sums: Weights,
     eps: float,
+    dx: Float[Tensor, "n n cz"],
     dz: Float[Tensor, "n n cz"],
 ) -> None:
-    """From the factors to z; `dz` holds what came through the output's gate, before the LayerNorm."""
+    """From the factors to z; `dx` holds what came through the output's gate, and may be `dz`'s memory."""
     flat = d_factors.view(-1, z.shape[0] ** 2)
     for rows, pairs in _blocks(z):
         given = z[rows].to(w.p_in.dtype).contiguous()
@@ -204,9 +208,9 @@ def _input_backward(
         d_p = gate.mul_(d_edges)
         _linear_sums(sums.p_in, sums.p_in_bias, d_p.t(), x)
         _linear_sums(sums.g_in, sums.g_in_bias, d_gate.t(), x)
-        dx = dz[rows].to(x.dtype).view(x.shape).addmm(d_p.t(), w.p_in).addmm_(d_gate.t(), w.g_in)
+        d_normed = torch.mm(d_p.t(), w.p_in).addmm_(d_gate.t(), w.g_in).view(given.shape)
         d_given, of_scale, of_shift = torch.ops.aten.native_layer_norm_backward(
-            dx.view(given.shape), given, shape, mean, inverse_std, w.norm_in_weight, w.norm_in_bias, [True, True, True]
+            (d_normed + dx[rows]).to(given.dtype), given, shape, mean, inverse_std, w.norm_in_weight, w.norm_in_bias, [True, True, True]
         )
         sums.norm_in_weight.add_(of_scale)
         sums.norm_in_bias.add_(of_shift)

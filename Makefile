@@ -1,0 +1,62 @@
+# make demo, make test: on a fresh machine they make .venv first; after that they start at once.
+#
+#   PYTHON=python3.12   the Python to make .venv with (3.11 or newer)
+#   JOBS=2              how many processes the tests run in
+#   ARGS="-k machine"   more for pytest, or for the benchmarks
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+JOBS ?= 2
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# One thread a process: the tests already run side by side.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
+
+.PHONY: help install demo test test-all lint bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      a first look at what foldkernels does on this machine"
+	@echo "make test      the tests (make test-all: the slow ones too)"
+	@echo "make lint      ruff and mypy"
+	@echo "make bench     the benchmarks"
+	@echo "make clean     remove what was built; .venv stays"
+
+install: $(INSTALLED)
+
+# torch first: what is installed after it then takes it as it is, and no package's build picks another.
+$(INSTALLED): setup.py pyproject.toml constraints.txt | $(PY)
+	$(PIP) torch
+	$(PIP) setuptools
+	$(PIP) -e '.[test,plots]'
+	@touch $@
+
+$(PY):
+	@test -n "$(PYTHON)" || { echo "foldkernels needs Python 3.11 or newer, with venv and ensurepip (on Debian: apt-get" \
+		"install python3-venv); none was found. Name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "foldkernels needs Python 3.11 or" \
+		"newer; $(PYTHON) is $$("$(PYTHON)" --version 2>&1)" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+
+demo: $(INSTALLED)
+	$(PY) examples/demo.py $(ARGS)
+
+test: $(INSTALLED)
+	$(PYTEST) $(ARGS)
+
+test-all: $(INSTALLED)
+	$(PYTEST) --slow $(ARGS)
+
+lint: $(INSTALLED)
+	$(PY) -m pytest -q tests/test_style.py
+
+bench: $(INSTALLED)
+	$(PY) -m benchmarks.multiflow_cpu $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,609 @@
+"""How much faster than Multiflow's own order of operations, on this machine's CPU: one table, correctness first.
+
+    python -m benchmarks.multiflow_cpu                          the whole table (half an hour and more)
+    python -m benchmarks.multiflow_cpu --quick                  every row at L=64, three pairs: does it run, is it right
+    python -m benchmarks.multiflow_cpu --rows 'model_*' --precision bfloat16 --glibc both
+    python -m benchmarks.multiflow_cpu --self-check --quick     the baseline against itself: ratios of about 1.0
+
+Run from the repository's root. Both sides have the same weights, of the published size, random and nowhere zero. Each
+row runs in a fresh process: first the check (on chains with masked residues, against float64), then the times; memory
+in two processes more. A row whose check is red has no time. Rows go to benchmarks/results/ as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import original_formulas
+from .measure import Comparison, Machine, Row, compare, extra_peak_memory, in_fresh_process, machine, write_rows
+
+RESULTS = Path(__file__).parent / "results"
+
+PUBLISHED: dict[str, Any] = {
+    "node_embed_size": 256,
+    "edge_embed_size": 128,
+    "symmetric": False,
+    "aatype_pred": True,
+    "aatype_pred_num_tokens": 21,
+    "transformer_dropout": 0.2,
+    "node_features": {
+        "c_s": 256,
+        "c_pos_emb": 128,
+        "c_timestep_emb": 128,
+        "max_num_res": 2000,
+        "timestep_int": 1000,
+        "embed_chain": False,
+        "embed_aatype": True,
+        "use_mlp": True,
+        "aatype_pred_num_tokens": 21,
+    },
+    "edge_features": {
+        "single_bias_transition_n": 2,
+        "c_s": 256,
+        "c_p": 128,
+        "relpos_k": 64,
+        "feat_dim": 64,
+        "num_bins": 22,
+        "self_condition": True,
+        "embed_chain": False,
+        "embed_diffuse_mask": True,
+    },
+    "ipa": {
+        "c_s": 256,
+        "c_z": 128,
+        "c_hidden": 16,
+        "no_heads": 8,
+        "no_qk_points": 8,
+        "no_v_points": 12,
+        "seq_tfmr_num_heads": 4,
+        "seq_tfmr_num_layers": 4,
+        "num_blocks": 8,
+        "dropout": 0.0,
+    },
+}
+
+TINY_LENGTH = 16  # warm-ups before memory is measured
+GRADIENT_CHECK_LENGTH = 64  # gradients in float64 at L=256 take minutes and 9 GB
+QUICK_LENGTH = 64
+MASKED_FRACTION = 0.1
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a row measures.
+
+    Attributes:
+        component: `ipa`, `edge_transition`, `edge_features` or `model`.
+        mode: `forward` without gradients in eval mode, or `step`: forward, loss, backward in training mode.
+        length: residues; batch size is 1.
+        precision: what our kernels may round to, `float32` or `bfloat16`.
+        against: `float32`, or `autocast`: the original under PyTorch's bfloat16 autocast.
+        self_check: the baseline on both sides.
+        threads: PyTorch's intra-op threads.
+    """
+
+    component: str
+    mode: str
+    length: int
+    precision: str = "float32"
+    against: str = "float32"
+    self_check: bool = False
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        """`component_mode_length`."""
+        return f"{self.component}_{self.mode}_{self.length}"
+
+
+ROWS = (
+    Task("ipa", "forward", 384),
+    Task("ipa", "step", 384),
+    Task("edge_transition", "forward", 256),
+    Task("edge_transition", "step", 256),
+    Task("edge_features", "forward", 256),
+    Task("model", "forward", 128),
+    Task("model", "forward", 256),
+    Task("model", "forward", 384),
+    Task("model", "step", 128),
+    Task("model", "step", 256),
+)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Inputs, weights, modules
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def draw_weights(module: nn.Module, seed: int = 0) -> None:
+    """Fill a module with weights that are nowhere zero: an output layer initialised to zero would hide every error.
+
+    Matrices get standard deviation 1 / sqrt(inputs), biases 0.1, normalisation weights 1 +- 0.1; the backbone update is
+    ten times smaller, so that chains stay chains through eight blocks. Drawn in the order of the names, not of the
+    modules, so that any two modules with the same `state_dict` keys get the same weights.
+
+    Args:
+        module: changed in place.
+        seed: of the generator.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    norms = {name for name, part in module.named_modules() if isinstance(part, nn.LayerNorm)}
+    state = module.state_dict()
+    for name in sorted(state):
+        owner, _, leaf = name.rpartition(".")
+        drawn = torch.randn(state[name].shape, generator=generator)
+        if owner in norms:
+            drawn = 0.1 * drawn + (1.0 if leaf == "weight" else 0.0)
+        elif leaf == "head_weights":
+            drawn = 0.5 + 0.3 * drawn
+        elif "embedding" in owner:
+            drawn = 0.5 * drawn
+        elif drawn.dim() > 1:
+            drawn = drawn / math.sqrt(drawn.shape[-1])
+        else:
+            drawn = 0.1 * drawn
+        state[name] = 0.1 * drawn if "bb_update" in name else drawn
+    module.load_state_dict(state)
+
+
+def draw_inputs(length: int, masked: int = 0, seed: int = 0) -> dict[str, Tensor]:
+    """The model's batch, and `s`, `z` for single layers; float32, batch size 1, the last `masked` residues absent.
+
+    The chain is a random walk with steps of 3.8 Angstrom, so that distances are those of a protein.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, generator=generator)
+
+    def chain() -> Tensor:
+        steps = nn.functional.normalize(normal(length, 3), dim=-1)
+        walk = torch.cumsum(3.8 * steps, dim=1)
+        return walk - walk.mean(dim=1, keepdim=True)
+
+    mask = torch.ones(1, length)
+    if masked:
+        mask[:, -masked:] = 0
+    rotations = original_formulas.quaternion_to_matrix(nn.functional.normalize(normal(length, 4), dim=-1))
+    return {
+        "res_mask": mask,
+        "diffuse_mask": torch.ones(1, length),
+        "chain_idx": torch.ones(1, length, dtype=torch.long),
+        "res_idx": torch.arange(1, length + 1)[None],
+        "so3_t": torch.full((1, 1), 0.3),
+        "r3_t": torch.full((1, 1), 0.3),
+        "cat_t": torch.full((1, 1), 0.3),
+        "trans_t": chain(),
+        "trans_sc": chain(),
+        "rotmats_t": rotations,
+        "aatypes_t": torch.randint(0, 21, (1, length), generator=generator),
+        "aatypes_sc": torch.softmax(normal(length, 21), dim=-1),
+        "s": normal(length, PUBLISHED["node_embed_size"]),
+        "z": normal(length, length, PUBLISHED["edge_embed_size"]),
+    }
+
+
+def build_original(component: str, dropout: float) -> nn.Module:
+    """One of the baseline's modules, weights drawn."""
+    sizes = PUBLISHED["node_embed_size"], PUBLISHED["edge_embed_size"]
+    module: nn.Module
+    if component == "ipa":
+        module = original_formulas.InvariantPointAttention(PUBLISHED["ipa"])
+    elif component == "edge_transition":
+        module = original_formulas.EdgeTransition(
+            node_embed_size=sizes[0], edge_embed_in=sizes[1], edge_embed_out=sizes[1]
+        )
+    elif component == "edge_features":
+        module = original_formulas.EdgeFeatureNet(PUBLISHED["edge_features"])
+    else:
+        module = original_formulas.FlowModel({**PUBLISHED, "transformer_dropout": dropout})
+    draw_weights(module)
+    return module
+
+
+def build_ours(component: str, dropout: float, precision: str) -> nn.Module:
+    """One of foldkernels' modules, weights drawn and kernels bound."""
+    import foldkernels
+    from foldkernels.compat.multiflow import FlowModel
+    from foldkernels.compat.multiflow.configuration import ModelConfig
+    from foldkernels.modules.edge_features import EdgeFeatureNet
+    from foldkernels.modules.edge_transition import EdgeTransition
+    from foldkernels.modules.invariant_point_attention import InvariantPointAttention
+
+    config = ModelConfig(**{**PUBLISHED, "transformer_dropout": dropout})
+    module: nn.Module
+    if component == "ipa":
+        widths = ("c_s", "c_z", "c_hidden", "no_heads", "no_qk_points", "no_v_points")
+        module = InvariantPointAttention(**{name: PUBLISHED["ipa"][name] for name in widths})
+    elif component == "edge_transition":
+        module = EdgeTransition(
+            node_embed_size=config.node_embed_size,
+            edge_embed_in=config.edge_embed_size,
+            edge_embed_out=config.edge_embed_size,
+        )
+    elif component == "edge_features":
+        module = EdgeFeatureNet(config.edge_features)
+    else:
+        module = FlowModel(config)
+    draw_weights(module)
+    foldkernels.bind(module, {"preset": "auto", "precision": precision})
+    return module
+
+
+def call(component: str, module: nn.Module, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run a module of either side and name its outputs.
+
+    Args:
+        component: which.
+        module: ours or the baseline's.
+        x: what `draw_inputs` drew; lengths in Angstrom.
+
+    Returns:
+        Float outputs.
+    """
+    mask = x["res_mask"]
+    if component == "ipa":
+        trans = x["trans_t"] / original_formulas.ANGSTROM_PER_NANOMETRE
+        return {"s": module(x["s"], x["z"], _frames(module, x["rotmats_t"], trans), mask)}
+    if component == "edge_transition":
+        return {"z": module(x["s"], x["z"])}
+    if component == "edge_features":
+        edge_mask = mask[:, None] * mask[:, :, None]
+        return {"z": module(x["s"], x["trans_t"], x["trans_sc"], edge_mask, x["diffuse_mask"], x["chain_idx"])}
+    result = module({name: value for name, value in x.items() if name not in ("s", "z")})
+    return {name: result[name] for name in ("pred_trans", "pred_rotmats", "pred_logits")}
+
+
+def _frames(module: nn.Module, rotations: Tensor, trans: Tensor) -> Any:
+    """Frames in the type that the module's side takes."""
+    if isinstance(module, original_formulas.InvariantPointAttention):
+        return original_formulas.Frames(rotations, trans)
+    from foldkernels.modules.rigid import Rigid
+
+    return Rigid(rotations, trans)
+
+
+def loss(outputs: Mapping[str, Tensor], mask: Tensor) -> Tensor:
+    """A scalar that reaches every output of the valid residues, with random directions so that nothing cancels."""
+    generator = torch.Generator().manual_seed(1)
+    total = mask.new_zeros(())
+    for value in outputs.values():
+        direction = torch.randn(value.shape, generator=generator).to(value.dtype)
+        total = total + (value * direction)[_valid(mask, value)].mean()
+    return total
+
+
+def _valid(mask: Tensor, value: Tensor) -> Tensor:
+    """Which rows (B, N), or pairs (B, N, N), of an output are defined: the original leaves noise in the others."""
+    present = mask > 0.5
+    pairs = value.dim() == 4 and value.shape[2] == value.shape[1]
+    return present[:, :, None] & present[:, None, :] if pairs else present
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What runs in fresh processes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _rounding(task: Task, ours: bool) -> Iterator[None]:
+    """Autocast for the baseline where it is asked for; our side rounds inside its kernels."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=not ours and task.against == "autocast"):
+        yield
+
+
+def _build(task: Task, ours: bool, dropout: float) -> nn.Module:
+    """The module of one side, in the row's mode."""
+    if ours and not task.self_check:
+        module = build_ours(task.component, dropout, task.precision)
+    else:
+        module = build_original(task.component, dropout)
+    return module.train(task.mode == "step")
+
+
+def runner(task: Task, ours: bool) -> Callable[[], object]:
+    """What is timed: the forward pass, or the training step with the published dropout."""
+    module = _build(task, ours, PUBLISHED["transformer_dropout"])
+    x = draw_inputs(task.length)
+    if task.mode == "step" and task.component != "model":
+        x["s"].requires_grad_()
+        x["z"].requires_grad_()
+
+    def forward() -> object:
+        with torch.no_grad(), _rounding(task, ours):
+            return call(task.component, module, x)
+
+    def step() -> object:
+        module.zero_grad(set_to_none=True)
+        x["s"].grad = x["z"].grad = None
+        with _rounding(task, ours):
+            value = loss(call(task.component, module, x), x["res_mask"])
+        torch.autograd.backward(value)
+        return value
+
+    return step if task.mode == "step" else forward
+
+
+def results(task: Task, module: nn.Module, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Everything that the check compares: outputs of valid rows, and in a step all gradients."""
+    step = task.mode == "step"
+    leaves = {"s": x["s"], "z": x["z"]} if step and task.component != "model" else {}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    with torch.set_grad_enabled(step):
+        outputs = call(task.component, module, x)
+        if step:
+            torch.autograd.backward(loss(outputs, x["res_mask"]))
+    found = {name: value.detach()[_valid(x["res_mask"], value)] for name, value in outputs.items()}
+    if step:
+        leaves = {**leaves, **dict(module.named_parameters())}
+        found |= {f"grad {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return found
+
+
+def check(task: Task) -> tuple[bool, str]:
+    """Hold our side to float64, judged by what plain PyTorch loses at the same precision on the same inputs.
+
+    The error of each tensor (outputs; in a step also every gradient) may be twice plain PyTorch's, four times after the
+    eight blocks of a whole model, plus 1e-6 (float32) or 2e-3 (bfloat16) of the tensor's largest value. A gradient
+    far smaller than the largest one counts as 1e-3 of that: `linear_b.bias` has none but rounding noise.
+
+    Args:
+        task: the row. Dropout is off, a tenth of the residues is masked, and a step is checked at L=64 at most.
+
+    Returns:
+        Whether it passed, and the worst tensor in words.
+    """
+    length = min(task.length, GRADIENT_CHECK_LENGTH) if task.mode == "step" else task.length
+
+    def inputs() -> dict[str, Tensor]:
+        return draw_inputs(length, masked=max(1, int(MASKED_FRACTION * length)))
+
+    plain = replace(task, against="autocast" if task.precision == "bfloat16" else "float32")
+    truth = results(task, _build(task, False, 0.0).double(), {k: _double(v) for k, v in inputs().items()})
+    with _rounding(plain, ours=False):
+        theirs = results(task, _build(task, False, 0.0), inputs())
+    ours = results(task, _build(task, True, 0.0), inputs())
+    missing = truth.keys() - ours.keys()
+    if missing:
+        return False, f"no {', '.join(sorted(missing))}"
+
+    factor = 4.0 if task.component == "model" else 2.0
+    floor = 2e-3 if task.precision == "bfloat16" else 1e-6
+    largest_gradient = max((float(v.abs().max()) for k, v in truth.items() if k.startswith("grad")), default=0.0)
+    worst, words = -1.0, ""
+    for name, exact in truth.items():
+        least = 1e-3 * largest_gradient if name.startswith("grad") else 0.0
+        scale = max(float(exact.abs().max()), least)
+        error, plain_error = (float((side[name].double() - exact).abs().max()) for side in (ours, theirs))
+        share = error / (factor * plain_error + floor * scale)
+        if not share <= worst:  # also takes NaN
+            worst = share
+            words = f"{name}: {error:.1e} (plain PyTorch {plain_error:.1e}) of {scale:.1e}, L={length}"
+        if math.isnan(share):
+            break
+    return worst <= 1.0, words
+
+
+def _double(value: Tensor) -> Tensor:
+    """Float tensors in float64, others as they are."""
+    return value.double() if value.is_floating_point() else value
+
+
+def kernels_that_ran(task: Task) -> list[str]:
+    """Names of the kernels of one call of our side."""
+    if task.self_check:
+        return ["original formulas"]
+    import foldkernels
+
+    run = runner(replace(task, length=TINY_LENGTH), ours=True)
+    with foldkernels.record_kernels() as ran:
+        run()
+    return sorted({str(kernel) for kernel in ran})
+
+
+def measure_row(task: Mapping[str, Any], pairs: int) -> dict[str, Any]:
+    """Check, then time. Runs in a fresh process.
+
+    Args:
+        task: a `Task` as a mapping.
+        pairs: interleaved pairs; 0 for the check alone.
+
+    Returns:
+        `correct`, `check`, `time`, `kernels`, `machine`: the parts of a `Row`.
+    """
+    this = Task(**task)
+    torch.set_num_threads(this.threads)
+    correct, words = check(this)
+    timed = compare(runner(this, False), runner(this, True), pairs) if correct and pairs else None
+    return {
+        "correct": correct,
+        "check": words,
+        "time": asdict(timed) if timed else None,
+        "kernels": kernels_that_ran(this) if correct else [],
+        "machine": asdict(machine()),
+    }
+
+
+def prepare_memory(task: Mapping[str, Any], ours: bool) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A warm-up on a tiny chain, and the call whose memory is measured. Runs in a fresh process."""
+    this = Task(**task)
+    torch.set_num_threads(this.threads)
+    return runner(replace(this, length=TINY_LENGTH), ours), runner(this, ours)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def measure_all(
+    tasks: Sequence[Task], glibc: Sequence[bool], pairs: int, memory: bool, advance: Callable[[str], None]
+) -> Iterator[Row]:
+    """Measure every task, with and without glibc's memory kept, and yield rows as they come.
+
+    Args:
+        tasks: the rows.
+        glibc: which of (default, keeping memory) to measure.
+        pairs: interleaved pairs; 0 leaves out the times.
+        memory: whether to measure peak memory, once per task: it does not depend on `glibc`.
+        advance: told what comes next, before each step.
+    """
+    for task in tasks:
+        fields, megabytes = asdict(task), None
+        for keep_memory in glibc:
+            words = ", glibc keeps memory" if keep_memory else ""
+            advance(f"{task.name} {task.precision}{words}")
+            found = in_fresh_process(measure_row, fields, pairs, keep_memory=keep_memory)
+            if memory and megabytes is None:
+                advance(f"{task.name} {task.precision}, memory")
+                if found["correct"]:
+                    megabytes = (
+                        extra_peak_memory(prepare_memory, fields, False),
+                        extra_peak_memory(prepare_memory, fields, True),
+                    )
+            yield Row(
+                name=task.name,
+                precision=task.precision,
+                baseline=f"original formulas, {task.against}",
+                keep_memory=keep_memory,
+                correct=found["correct"],
+                check=found["check"],
+                time=Comparison(**found["time"]) if found["time"] else None,
+                memory_mb=megabytes,
+                kernels=tuple(found["kernels"]),
+                machine=Machine(**{**found["machine"], "flags": tuple(found["machine"]["flags"])}),
+            )
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Print the rows, the machine as the caption."""
+    from rich.console import Console
+    from rich.table import Table
+
+    where = rows[0].machine
+    table = Table(
+        title="foldkernels against the original's order of operations",
+        caption=f"{where.cpu}, {' '.join(where.flags)}, {where.threads} thread(s) of {where.cores} cores, "
+        f"torch {where.torch}, {where.system}. Ratio of medians of interleaved pairs, 95% bootstrap interval.",
+    )
+    for column in ("row", "ours in", "glibc"):
+        table.add_column(column)
+    for column in ("original ms", "ours ms", "faster", "interval", "by CPU time", "extra MB", "faults"):
+        table.add_column(column, justify="right")
+    table.add_column("check")
+    for row in rows:
+        timed, memory = row.time, row.memory_mb
+        table.add_row(
+            row.name,
+            row.precision,
+            "keeps memory" if row.keep_memory else "default",
+            f"{timed.a_ms:,.1f}" if timed else "",
+            f"{timed.b_ms:,.1f}" if timed else "",
+            f"{timed.ratio:.2f}x" if timed else "",
+            f"{timed.low:.2f} to {timed.high:.2f}" if timed else "",
+            f"{timed.cpu_ratio:.2f}x" if timed else "",
+            f"{memory[0]:,.0f} -> {memory[1]:,.0f}" if memory else "",
+            f"{timed.a_faults:,.0f} -> {timed.b_faults:,.0f}" if timed else "",
+            "[green]right[/]" if row.correct else f"[red]WRONG[/] {row.check}",
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.multiflow_cpu",
+        description="Compare foldkernels with Multiflow's order of operations: same weights, checked first.",
+        epilog="rows: " + " ".join(task.name for task in ROWS),
+    )
+    parser.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN", help="shell patterns over row names")
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16", "both"), default="both", help="our side's rounding"
+    )
+    parser.add_argument(
+        "--glibc", choices=("default", "keep", "both"), default="both", help="let glibc keep its memory"
+    )
+    parser.add_argument("--against", choices=("float32", "autocast"), default="float32", help="how the original runs")
+    parser.add_argument(
+        "--pairs", type=int, help="interleaved pairs a row (7; 3 with --quick; 0: check and memory only)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="PyTorch threads (1)")
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    parser.add_argument("--quick", action="store_true", help=f"every row at L={QUICK_LENGTH}")
+    parser.add_argument("--self-check", action="store_true", help="the baseline on both sides")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS / "multiflow_cpu.json", help="where the rows go, as JSON"
+    )
+    return parser
+
+
+def select(options: argparse.Namespace) -> list[Task]:
+    """The tasks that the command line asks for."""
+    precisions = ("float32", "bfloat16") if options.precision == "both" else (options.precision,)
+    if options.self_check:
+        precisions = ("float32",)
+    chosen: dict[Task, None] = {}
+    for task in ROWS:
+        this = replace(task, length=QUICK_LENGTH) if options.quick else task
+        if not any(fnmatch.fnmatch(name, pattern) for name in (task.name, this.name) for pattern in options.rows):
+            continue
+        for precision in precisions:
+            chosen[
+                replace(
+                    this,
+                    precision=precision,
+                    against=options.against,
+                    self_check=options.self_check,
+                    threads=options.threads,
+                )
+            ] = None
+    return list(chosen)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the table.
+
+    Returns:
+        0, or 1 when a row is red, or 2 when no row matches.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    options = arguments().parse_args(argv)
+    tasks = select(options)
+    if not tasks:
+        print(
+            f"no row matches {' '.join(options.rows)}; there are {' '.join(task.name for task in ROWS)}",
+            file=sys.stderr,
+        )
+        return 2
+    glibc = {"default": (False,), "keep": (True,), "both": (False, True)}[options.glibc]
+    pairs = (3 if options.quick else 7) if options.pairs is None else options.pairs
+    memory = not options.no_memory
+    rows: list[Row] = []
+    columns = (TextColumn("{task.description:<50}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True) as progress:
+        bar = progress.add_task("", total=len(tasks) * (len(glibc) + memory), completed=-1)
+        for row in measure_all(
+            tasks, glibc, pairs, memory, lambda what: progress.update(bar, description=what, advance=1)
+        ):
+            rows.append(row)
+            write_rows(rows, options.output)  # after every row: a long run that is stopped keeps what it has
+    print_table(rows)
+    print(f"rows: {options.output}")
+    return 0 if all(row.correct for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""`foldkernels explain`: which kernels a model would run, here or on another machine, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import Debug, Device, Json, Kernel
+from .reporting import print_json, reported
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+NAME = "explain"
+SUMMARY = "Which kernels a model runs, and why."
+EXAMPLES = """\b
+Examples:
+  foldkernels explain config.yaml --length 256
+  foldkernels explain weights/ --machine h100 --kernel flash
+  foldkernels explain weights/ --kernel attention=torch --json
+"""
+
+
+@reported
+def run(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG|WEIGHTS",
+            help="A Multiflow config.yaml, or a checkpoint (a folder or a file). The weights are not needed.",
+            show_default=False,
+        ),
+    ],
+    length: Annotated[
+        int | None, typer.Option("--length", "-l", min=1, help="Number of residues.  [default: any]")
+    ] = None,
+    machine: Annotated[
+        str | None,
+        typer.Option(
+            "--machine", metavar="NAME", help="h100, a100, rtx4090, mac or cpu: typical ones.  [default: this machine]"
+        ),
+    ] = None,
+    kernel: Kernel = None,
+    device: Device = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show which kernel each operation runs, why every better candidate does not, and what would mend that.
+
+    Nothing is computed. Exit code 2 if the model could not run so: a kernel that is required cannot run there.
+    """
+    from ..kernels.machine import MACHINES
+
+    if machine is not None and machine not in MACHINES:
+        from ..configs.kernel import did_you_mean
+
+        words = f"no machine {machine!r}{did_you_mean(machine, list(MACHINES))}"
+        raise typer.BadParameter(words, param_hint="--machine")
+
+    import torch
+
+    from ..compat.multiflow.configuration import model_section
+    from ..compat.multiflow.model import FlowModel
+    from ..kernels.explanation import explain
+
+    config, source = _config(model)
+    section = model_section(config, source)
+    with torch.device("meta"):  # shapes are all that is needed
+        empty = FlowModel(section)
+    explanation = explain(
+        empty,
+        machine=machine,
+        device=device,
+        length=length,
+        command_line=kernel or (),
+        file=_kernel_section(config, source),
+    )
+    if json:
+        print_json(explanation.as_dict())
+    else:
+        print(explanation)
+    if not explanation.runs:
+        raise typer.Exit(2)
+
+
+def _config(path: Path) -> tuple[DictConfig, Path]:
+    """The config that a path means, and the file it is from; weights are read only where the config is inside them."""
+    from ..compat.multiflow.checkpoint import CONFIG_NAME, find_weights, read_checkpoint
+    from ..compat.multiflow.configuration import read_config
+
+    path = path.expanduser()
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return read_config(path), path
+    beside = (path if path.is_dir() else find_weights(path).parent) / CONFIG_NAME
+    if beside.is_file():
+        return read_config(beside), beside
+    checkpoint = read_checkpoint(path)
+    return checkpoint.config, checkpoint.source
+
+
+def _kernel_section(config: DictConfig, source: Path) -> Any:
+    """The `kernel:` section: a word or a mapping, `${...}` resolved from the root; None where there is none."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from ..compat.errors import BadInput
+
+    try:
+        section = OmegaConf.select(config, "kernel")
+        return OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section
+    except OmegaConfBaseException as error:
+        raise BadInput(f"{source}: the section `kernel:` does not resolve ({str(error).splitlines()[0]})") from None

@@ -1,0 +1,72 @@
+"""The `foldkernels` command: one file a sub-command beside this one, nothing heavy imported before one is chosen."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from . import convert, doctor, explain, sample
+
+HELP = """Fast attention kernels for protein models, with the numbers of the model's own code.
+
+Exit codes: 0 done, 1 a check failed, 2 bad input or a required kernel that cannot run, 130 stopped by Ctrl-C.
+"""
+
+# Plain text throughout: the same on a terminal, in a log and in a bug report, and rich is not imported for `--help`.
+app = typer.Typer(
+    name="foldkernels",
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (sample, convert, explain, doctor):
+    app.command(
+        command.NAME,
+        short_help=command.SUMMARY,
+        epilog=command.EXAMPLES,
+        no_args_is_help=command.NAME != "doctor",  # the only one that needs no argument
+    )(command.run)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        print(f"foldkernels {__version__}")
+        raise typer.Exit(0)
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: The words after `foldkernels`; the process's own when None.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="foldkernels")
+    except KeyboardInterrupt:  # before or after the sub-command, which sees to its own
+        return 130
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+            return 1
+        return int(stop.code or 0)
+    return 0

@@ -1,0 +1,55 @@
+"""The options that several sub-commands share, and what their values mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated
+
+import typer
+
+Kernel = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--kernel",
+        "-k",
+        metavar="WORD",
+        help="A preset (auto, reference, torch, flash), or OPERATION=KERNEL to require one kernel; repeatable. "
+        "Overrides FOLDKERNELS_KERNEL and the file's `kernel:` section.",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 or mps.  [default: the best one here]"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else, on stdout.")]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error, too (also: FOLDKERNELS_DEBUG=1).")
+]
+
+
+def split(values: Iterable[str] | None) -> list[str]:
+    """The parts of a repeatable option whose values may also be separated by commas."""
+    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+def whole_numbers(values: Iterable[str] | None, option: str) -> list[int]:
+    """The same, as numbers of at least one.
+
+    Raises:
+        BadParameter: Something else.
+    """
+    numbers = []
+    for part in split(values):
+        if not part.isdecimal() or int(part) < 1:
+            raise typer.BadParameter(f"{part!r} is no whole number of at least 1", param_hint=option)
+        numbers.append(int(part))
+    return numbers
+
+
+def best_device() -> str:
+    """The device that a command uses when none is named: cuda, else mps, else cpu."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

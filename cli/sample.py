@@ -1,0 +1,203 @@
+"""`foldkernels sample`: proteins from a Multiflow checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import Debug, Device, Json, Kernel, best_device, split, whole_numbers
+from .reporting import print_json, reported
+
+if TYPE_CHECKING:
+    from ..compat.multiflow.model import FlowModel
+    from ..compat.multiflow.sampling import SamplingRun
+
+NAME = "sample"
+SUMMARY = "Sample proteins from a Multiflow checkpoint."
+EXAMPLES = """\b
+Tasks, and what each needs:
+  unconditional     structure and sequence from nothing: --length
+  inverse_folding   a sequence for a backbone: --pdb
+  forward_folding   a backbone for a sequence: --pdb, whose sequence is read
+\b
+Examples:
+  foldkernels sample weights/ --length 100 --num 4 --kernel flash --out out/
+  foldkernels sample weights/ --length 60,80 --length 100 --timesteps 200 --out out/
+  foldkernels sample weights/ --task inverse_folding --pdb 1odh.pdb --chain A --out out/
+  foldkernels sample weights/ --task forward_folding --pdb 1odh.pdb --num 8 --batch-size 4 --out out/
+\b
+Writes, for each sample:
+  OUT/length_100/sample_0/   (folding: OUT/length_157/1odh/)
+    sample.pdb, bb_traj.pdb, x0_traj.pdb, sample.fasta
+and for the run:
+  OUT/sample.fasta   all sequences
+  OUT/run.json       arguments, versions, kernels that ran, seeds, times
+"""
+
+
+class Task(StrEnum):
+    """What is sampled."""
+
+    unconditional = "unconditional"
+    inverse_folding = "inverse_folding"
+    forward_folding = "forward_folding"
+
+
+@reported
+def run(
+    weights: Annotated[
+        Path,
+        typer.Argument(
+            metavar="WEIGHTS",
+            help="A folder with last.ckpt or model.safetensors, and config.yaml; or such a file. No code in it is run.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The output folder; it is made.", show_default=False)],
+    length: Annotated[
+        list[str] | None,
+        typer.Option("--length", "-l", metavar="N[,N...]", help="Residues (unconditional); repeatable."),
+    ] = None,
+    num: Annotated[int, typer.Option("--num", "-n", min=1, help="Samples of each length or structure.")] = 1,
+    task: Annotated[Task, typer.Option("--task", help="See below.")] = Task.unconditional,
+    pdb: Annotated[
+        list[Path] | None, typer.Option("--pdb", metavar="FILE", help="PDB or mmCIF file (folding); repeatable.")
+    ] = None,
+    chain: Annotated[
+        list[str] | None,
+        typer.Option("--chain", metavar="A[,B...]", help="Chains of the files to use.  [default: all]"),
+    ] = None,
+    timesteps: Annotated[
+        int | None, typer.Option("--timesteps", min=2, help="Calls of the model.  [default: the config's]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Samples made at a time.")] = 1,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Every sample's random draws follow from it, its length and its index.")
+    ] = 123,
+    kernel: Kernel = None,
+    device: Device = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Make samples anew that are there already; else they are kept.")
+    ] = False,
+    trajectories: Annotated[
+        bool,
+        typer.Option(
+            "--trajectories/--no-trajectories",
+            help="Whether to write bb_traj.pdb and x0_traj.pdb, every step (some 80 kB a residue at 500 steps).",
+        ),
+    ] = True,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Sample proteins from a Multiflow checkpoint, on the kernels that you name.
+
+    Samples that are there already are kept: after Ctrl-C, the same command makes what is missing. The same seed gives
+    the same samples, whatever the batch size and the device, up to rounding.
+    """
+    lengths = whole_numbers(length, "--length")
+    chains = split(chain) or None
+    # Before the weights are read, which can take a while: a word that is wrong here is wrong with any weights.
+    from ..configs.resolve import resolve_kernel
+
+    resolve_kernel(command_line=kernel or ())
+
+    from ..compat.multiflow.loading import load
+    from ..compat.multiflow.sampling import run_sampling
+    from ..kernels.registry import record_kernels
+
+    model = load(weights, device=device or best_device(), command_line=kernel or ())
+    _check_lengths(model, lengths, pdb, chains)
+    kernels: dict[str, None] = {}
+    with record_kernels() as ran:
+
+        def kernels_so_far() -> list[str]:
+            # The record has an entry for each call of each step: emptied, or a long run would fill the memory.
+            kernels.update(dict.fromkeys(ran))
+            ran.clear()
+            return list(kernels)
+
+        try:
+            done = run_sampling(
+                model,
+                model.config.get("interpolant") or {},
+                out,
+                lengths=lengths,
+                num=num,
+                task=task.value,
+                pdb=pdb or None,
+                chain=chains,
+                seed=seed,
+                batch_size=batch_size,
+                num_timesteps=timesteps,
+                overwrite=overwrite,
+                write_trajectories=trajectories,
+                kernels=kernels_so_far,
+                arguments={
+                    "weights": str(weights),
+                    "kernel": list(kernel or ()),
+                    "kernel_config": str(model.kernels.resolved) if model.kernels else "",
+                    "device": str(_device(model)),
+                },
+            )
+        except KeyboardInterrupt:
+            print(
+                f"stopped: the samples that are finished stay in {out}; the same command makes the rest",
+                file=sys.stderr,
+            )
+            raise
+    report = _report(model, done, list(kernels))
+    if json:
+        print_json(report)
+    else:
+        print(_text(report))
+
+
+def _check_lengths(model: FlowModel, lengths: list[int], pdb: list[Path] | None, chains: list[str] | None) -> None:
+    """Refuse what the model's position table cannot hold, before anything is written."""
+    from ..compat.errors import BadInput
+    from ..compat.multiflow.structures import read_structure
+
+    longest = model.model_config.node_features.max_num_res
+    wanted = {f"--length {length}": length for length in lengths}
+    for path in pdb or ():
+        wanted[str(path)] = read_structure(path, chain=chains).num_res
+    for what, length in wanted.items():
+        if length > longest:
+            raise BadInput(
+                f"{what}: {length} residues are more than this model's position table holds ({longest})",
+                "sample a shorter protein; the table's length is model.node_features.max_num_res in its config",
+            )
+
+
+def _device(model: FlowModel) -> Any:
+    return next(model.parameters()).device
+
+
+def _report(model: FlowModel, done: SamplingRun, kernels: list[str]) -> dict[str, Any]:
+    return {
+        "out": str(done.out_dir),
+        "written": [str(done.out_dir / sample.folder) for sample in done.written],
+        "kept": [str(done.out_dir / sample.folder) for sample in done.kept],
+        "seconds": round(done.seconds, 3),
+        "device": str(_device(model)),
+        "kernels": kernels,
+        "bound": model.kernels.as_dict() if model.kernels else None,
+    }
+
+
+def _text(report: dict[str, Any]) -> str:
+    """What a person wants to see of a run: the files (the first few), and the kernels."""
+    written, kept = report["written"], report["kept"]
+    lines = [f"{len(written)} sample(s) written to {report['out']} in {report['seconds']:.1f} s on {report['device']}"]
+    lines += [f"  {folder}/sample.pdb" for folder in written[:8]]
+    if len(written) > 8:
+        lines.append(f"  ... and {len(written) - 8} more")
+    if kept:
+        lines.append(f"{len(kept)} sample(s) were there already and are kept (--overwrite makes them anew)")
+    lines += ["kernels that ran:", *(f"  {name}" for name in report["kernels"])] if report["kernels"] else []
+    lines.append(f"sequences: {report['out']}/sample.fasta; the run: {report['out']}/run.json")
+    return "\n".join(lines)

@@ -1,0 +1,108 @@
+"""Maps the import name `foldkernels` to this folder: the repo is the package."""
+
+import ast
+import shutil
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+ROOMS = ("kernels", "modules", "configs", "compat", "cli")
+
+BASE = [
+    "torch>=2.6",
+    "numpy",
+    "scipy",
+    "pydantic>=2",
+    "omegaconf",
+    "safetensors",
+    "jaxtyping",
+    "roma",
+    "gemmi",
+    "rich",
+    "typer",
+    "packaging",
+]
+PLOTS = ["matplotlib"]
+# einops: the benchmarks, which the tests try, use it where the originals do.
+TEST = ["pytest>=8", "pytest-xdist", "ruff", "mypy", "setuptools>=77", "einops"]
+EXTRAS = {
+    # CUDA 13, which is what the package index's torch >= 2.11 is built for; the cu12 and cu13 ops wheels write the same
+    # files, so there is no extra for CUDA 12. None of these exists for a Mac, which must be able to resolve them all.
+    "cuda": [
+        f"{name}; sys_platform == 'linux'"
+        for name in (
+            "cuequivariance>=0.13",
+            "cuequivariance-torch>=0.13",
+            "cuequivariance-ops-torch-cu13>=0.13",
+            "trifast>=0.1.13",
+        )
+    ],
+    # Apart from the others: it is built from source, and the build imports torch (`pip install --no-build-isolation`).
+    "flash": ["flash-attn>=2.8; sys_platform == 'linux'"],
+    "esm": ["fair-esm"],
+    "plots": PLOTS,
+    "test": TEST,
+    "dev": [*TEST, *PLOTS, "build"],
+}
+
+
+def version() -> str:
+    """The literal in `__init__.py`, read without importing it: torch need not be there yet."""
+    for node in ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8")).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == "__version__" for target in targets):
+            return ast.literal_eval(node.value)
+    raise RuntimeError("__init__.py does not set __version__")
+
+
+def rooms() -> list[str]:
+    """Every folder of the package. What is not named here (tests, benchmarks, docs, build) stays out."""
+    found = find_namespace_packages(str(ROOT), include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")])
+    return ["foldkernels", *(f"foldkernels.{name}" for name in found if "__pycache__" not in name)]
+
+
+class FreshBuild(build_py):
+    """Builds into an empty folder, or a module that has been deleted since the last build is shipped with this one."""
+
+    def run(self) -> None:
+        """Empty the folder, then build."""
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "foldkernels", ignore_errors=True)
+        super().run()
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        """The modules of one folder; of the top one, where setup.py and whatever else lies, only the package's own."""
+        modules = super().find_package_modules(package, package_dir)
+        return [m for m in modules if package != "foldkernels" or m[1] in ("__init__", "__main__")]
+
+
+readme = ROOT / "README.md"
+setup(
+    name="foldkernels",
+    version=version(),
+    description="Makes protein models fast on whatever machine they run on, without changing what they compute",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    author="The foldkernels authors",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    package_dir={"foldkernels": "."},
+    packages=rooms(),
+    package_data={"foldkernels": ["py.typed"], "foldkernels.configs": ["**/*.yaml"]},
+    include_package_data=False,
+    zip_safe=False,
+    install_requires=BASE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["foldkernels = foldkernels.cli.main:main"]},
+    cmdclass={"build_py": FreshBuild},
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Bio-Informatics",
+        "Typing :: Typed",
+    ],
+)
