@@ -1,6 +1,5 @@
 """Attention with a dense bias in Triton, as custom operators: launches, memory, autograd. Imported by `load` only."""
 
-from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -8,14 +7,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from . import _biased_attention_backward_triton  # noqa: F401 - adds its kernels
+from . import _biased_attention_backward_triton, machine  # noqa: F401 - the first adds its kernels
 from ._biased_attention_tiles import Tile, tile_for, width
 from ._biased_attention_triton import INTERPRETED, KERNELS
 from .custom import no_double_backward
 
 _ALIGNED = 16  # elements; Triton reads in vectors where a size is a multiple of this
 _PROGRAMS = 512  # enough for the largest chip; more only where the rows must be split for it
-_ARCHITECTURE_OF_THE_INTERPRETER = (8, 0)
+_CHIP_OF_THE_INTERPRETER = (8, 0)
 
 
 def _inner_contiguous(x: Tensor) -> Tensor:
@@ -58,11 +57,10 @@ class _Call:
         self.reach = _reach(mask, self.padded_keys, q)
         self.b, self.h, self.r, self.i, self.d = q.shape
         self.j = k.shape[-2]
-        self.capability = (
-            torch.cuda.get_device_capability(q.device) if q.is_cuda else _ARCHITECTURE_OF_THE_INTERPRETER
-        )
-        # PyTorch's own switch for float32 products; without it, they are exact.
-        self.tf32 = q.dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        self.capability = machine.capability("cuda", q.device.index) if q.is_cuda else _CHIP_OF_THE_INTERPRETER
+        # PyTorch's own switch for float32 products; without it, they are exact. AMD's chips have no tf32 for all.
+        rounded = torch.get_float32_matmul_precision() != "highest" and self.capability is not None
+        self.precision = "tf32" if q.dtype is torch.float32 and rounded else "ieee"
 
     @property
     def empty(self) -> bool:
@@ -70,9 +68,8 @@ class _Call:
         return 0 in (self.b, self.h, self.r, self.i, self.j, self.d)
 
     def tile(self, kernel: str) -> Tile:
-        tile = tile_for(self.capability, kernel, self.q.dtype, self.d)
-        assert tile is not None, "supports() refuses what has no tile"
-        return tile
+        """The tile that the chip takes."""
+        return tile_for(self.capability, kernel, self.q.dtype, self.d)
 
     def launch(self, kernel: str, programs: int, *arguments: Any, **options: Any) -> None:
         """Run a kernel in its tile's size. A device without a number (the interpreter's CPU) needs no guard."""
@@ -85,7 +82,7 @@ class _Call:
                 I=tile.queries,
                 J=tile.keys,
                 MASKED=self.masked,
-                PRECISION="tf32" if self.tf32 else "ieee",
+                PRECISION=self.precision,
                 INTERPRETED=INTERPRETED,
                 num_warps=tile.warps,
                 num_stages=tile.stages,
