@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 Device = str
 Candidates = tuple[str, ...]
+Lists = Mapping[str, Mapping[Device, Candidates]]
 
 #: Every operation that a configuration may name, in the order in which a model meets them.
 OPERATIONS: tuple[str, ...] = (
@@ -28,21 +29,34 @@ _STREAMED: Candidates = ("torch", "reference")
 _DEFINITION: Candidates = ("reference",)
 
 
-def _everywhere(candidates: Candidates) -> Mapping[str, Mapping[Device, Candidates]]:
-    return {operation: dict.fromkeys(DEVICES, candidates) for operation in OPERATIONS}
+def _everywhere(candidates: Candidates, cuda: Mapping[str, Candidates] | None = None) -> Lists:
+    """The same list for every operation and device, but for operations that start with others on CUDA."""
+    return {
+        operation: {**dict.fromkeys(DEVICES, candidates), "cuda": ((cuda or {}).get(operation, ()) + candidates)}
+        for operation in OPERATIONS
+    }
+
+
+# What others have written for CUDA, and serves under the conditions that each kernel's own file states.
+_CUEQUIVARIANCE: Mapping[str, Candidates] = dict.fromkeys(
+    ("triangle_attention", "triangle_multiplication", "attention_pair_bias"), ("cuequivariance",)
+)
+_LIBRARIES: Mapping[str, Candidates] = {**_CUEQUIVARIANCE, "triangle_attention": ("cuequivariance", "trifast")}
 
 
 #: preset -> operation -> device type -> kernels, best first.
-PRESETS: Mapping[str, Mapping[str, Mapping[Device, Candidates]]] = MappingProxyType(
+PRESETS: Mapping[str, Lists] = MappingProxyType(
     {
         # The best kernel that computes exactly what the reference defines.
-        "auto": _everywhere(_STREAMED),
+        "auto": _everywhere(_STREAMED, cuda=_LIBRARIES),
         # The definition itself, and nothing else.
         "reference": _everywhere(_DEFINITION),
         # PyTorch's own operators only.
         "torch": _everywhere(_STREAMED),
         # Kernels that never hold the attention matrix.
-        "flash": _everywhere(_STREAMED),
+        "flash": _everywhere(_STREAMED, cuda={"triangle_attention": ("trifast",)}),
+        # NVIDIA's library, where it has a kernel for the operation.
+        "cuequivariance": _everywhere(_STREAMED, cuda=_CUEQUIVARIANCE),
     }
 )
 

@@ -58,8 +58,16 @@ def page() -> str:
 def _table(model: type[BaseModel]) -> Iterator[str]:
     yield "| key | values | default | meaning |"
     yield "| --- | --- | --- | --- |"
-    for name, field in model.model_fields.items():
-        yield f"| `{name}` | {_values(field.annotation)} | {_default(field)} | {field.description} |"
+    yield from _rows(model)
+
+
+def _rows(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    # Their `block` first: it decides what the others mean.
+    for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] != "block"):
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _rows(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"| `{prefix}{name}` | {_values(field.annotation)} | {_default(field)} | {field.description} |"
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

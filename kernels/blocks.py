@@ -65,3 +65,9 @@ class Scratch:
         if held is None or held.numel() < count:
             held = self._held[name] = torch.empty(count, device=self._device, dtype=self._dtype)
         return held[:count].view(shape)
+
+
+def norm_dtype(z: Tensor) -> torch.dtype:
+    """The type of a LayerNorm's weights beside a block of z: on a CPU that decides its statistics' type as well."""
+    dtype = block_dtype(z)
+    return torch.promote_types(dtype, torch.float32) if z.device.type == "cpu" else dtype

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .blocks import block_dtype, row_blocks
+from .blocks import block_dtype, norm_dtype, row_blocks
 from .custom import no_double_backward
 from .rows import accumulate_, zeros_like_wide
 from .tensors import widest
@@ -123,8 +123,8 @@ def pair_bias_into(
 ) -> None:
     """Write the bias, block by block."""
     dtype = block_dtype(z)
-    scale, shift, project = (None if w is None else w.to(dtype) for w in (norm_weight, norm_bias, weight))
-    assert project is not None
+    scale, shift = (None if w is None else w.to(norm_dtype(z)) for w in (norm_weight, norm_bias))
+    project = weight.to(dtype)
     for i, rows in row_blocks(z):
         x = z[i, rows].to(dtype)
         if scale is not None:
@@ -147,8 +147,8 @@ def pair_bias_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write the gradient of z, or add it to what is there; the weights' are returned, in float32 at least."""
     dtype = block_dtype(z)
-    scale, shift, project = (None if w is None else w.to(dtype) for w in (norm_weight, norm_bias, weight))
-    assert project is not None
+    scale, shift = (None if w is None else w.to(norm_dtype(z)) for w in (norm_weight, norm_bias))
+    project = weight.to(dtype)
     d_weight = zeros_like_wide(weight)
     d_scale, d_shift = (zeros_like_wide(w) if w is not None else d_weight[:0, 0] for w in (norm_weight, norm_bias))
     for i, rows in row_blocks(z):

@@ -24,13 +24,27 @@ class Trunk(nn.ModuleDict):
         ipa: Multiflow's `ipa` section: IPA's sizes, seq_tfmr_num_heads, seq_tfmr_num_layers, num_blocks.
         c_z: Width of the pair representation.
         transformer_dropout: Dropout of the sequence transformer.
+        num_blocks: Blocks, in place of the section's.
         checkpointing: Whether training computes the residue layers again in the backward pass.
+        backbone_update: Whether the blocks move the frames. Without, they only enrich the two representations.
+        final_edge_update: Whether the last block updates the pair representation, too: for whoever reads it afterwards.
     """
 
-    def __init__(self, ipa: Any, c_z: int, transformer_dropout: float, *, checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        ipa: Any,
+        c_z: int,
+        transformer_dropout: float,
+        *,
+        num_blocks: int | None = None,
+        checkpointing: bool = False,
+        backbone_update: bool = True,
+        final_edge_update: bool = False,
+    ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
-        self.num_blocks: int = ipa.num_blocks
+        self.backbone_update, self.final_edge_update = backbone_update, final_edge_update
+        self.num_blocks: int = ipa.num_blocks if num_blocks is None else num_blocks
         c = ipa.c_s
         for b in range(self.num_blocks):
             self[f"ipa_{b}"] = InvariantPointAttention(ipa)
@@ -40,8 +54,9 @@ class Trunk(nn.ModuleDict):
             )
             self[f"post_tfmr_{b}"] = Linear(c, c, init="final")
             self[f"node_transition_{b}"] = StructureModuleTransition(c)
-            self[f"bb_update_{b}"] = BackboneUpdate(c)
-            if b < self.num_blocks - 1:  # the last block's pair representation would have no reader
+            if backbone_update:
+                self[f"bb_update_{b}"] = BackboneUpdate(c)
+            if b < self.num_blocks - 1 or final_edge_update:  # else the last block's pairs would have no reader
                 self[f"edge_transition_{b}"] = EdgeTransition(
                     node_embed_size=c, edge_embed_in=c_z, edge_embed_out=c_z
                 )
@@ -55,7 +70,8 @@ class Trunk(nn.ModuleDict):
         moves: Float[Tensor, "b n"],
         *,
         consume_z: bool = False,
-    ) -> tuple[Float[Tensor, "b n c_s"], Rigid]:
+        keep_z: bool = False,
+    ) -> tuple[Float[Tensor, "b n c_s"], Rigid, Float[Tensor, "b n n c_z"] | None]:
         """Run the blocks.
 
         Args:
@@ -65,9 +81,10 @@ class Trunk(nn.ModuleDict):
             mask: True for residues that take part.
             moves: 1 for residues whose frames are updated.
             consume_z: Whether z may be overwritten where no backward pass follows: it saves one pair representation.
+            keep_z: Whether the pair representation is wanted afterwards.
 
         Returns:
-            The single representation and the frames, in nanometres.
+            The single representation, the frames in nanometres, and the pair representation if it is wanted.
         """
         there = mask[..., None].to(nodes.dtype)
         attended = self["ipa_0"](nodes, z, frames, mask)
@@ -76,12 +93,15 @@ class Trunk(nn.ModuleDict):
                 nodes = checkpoint(self._update_nodes, b, nodes, attended, mask, there, use_reentrant=False)
             else:
                 nodes = self._update_nodes(b, nodes, attended, mask, there)
-            frames = frames.compose_update(self[f"bb_update_{b}"](nodes), moves)
+            if self.backbone_update:
+                frames = frames.compose_update(self[f"bb_update_{b}"](nodes), moves)
             if b < self.num_blocks - 1:
-                last = b == self.num_blocks - 2
+                kept = keep_z or self.final_edge_update or b < self.num_blocks - 2
                 overwrite_z = consume_z or b > 0  # from the second block on, the trunk made z itself
-                z, attended = self._pair_pass(b, nodes, z, frames, mask, keep_z=not last, overwrite_z=overwrite_z)
-        return nodes, frames
+                z, attended = self._pair_pass(b, nodes, z, frames, mask, keep_z=kept, overwrite_z=overwrite_z)
+        if self.final_edge_update:
+            z = self[f"edge_transition_{self.num_blocks - 1}"](nodes, z, mask)
+        return nodes, frames, z if keep_z else None
 
     def _pair_pass(
         self,

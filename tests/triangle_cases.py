@@ -90,8 +90,7 @@ def triangle_attention_update_case(n: int, b: int, masked: bool, size: int, seed
 
     def call(x: Values, config: str) -> tuple[Tensor, ...]:
         weights = attention_update.Weights(*(x[name] for name in list(values)[2:]))
-        run = attention_update.triangle_attention_update
-        return (run(x["z"], x["mask"], weights, ending=ending, eps=1e-3, config=config),)
+        return (attention_update.one_pass(x["z"], x["mask"], weights, ending=ending, eps=1e-3, config=config),)
 
     return {
         "operation": "triangle_attention_update",

@@ -16,6 +16,7 @@ from ...kernels.binding import bind
 from ..errors import BadInput
 from .checkpoint import Checkpoint, mismatch_report, read_checkpoint
 from .configuration import model_section
+from .extras import PARTS
 from .model import FlowModel
 
 
@@ -62,7 +63,20 @@ def build(
 
 
 def _load_weights(model: FlowModel, checkpoint: Checkpoint) -> None:
-    wanted, found = model.state_dict(), checkpoint.state_dict
+    wanted, found = model.state_dict(), dict(checkpoint.state_dict)
+    lacking = [part for part in PARTS if _names(wanted, part) and not _names(found, part)]
+    unready = [part for part in lacking if getattr(model.options, part).init != "zero"]
+    if unready:
+        report = mismatch_report([name for part in unready for name in _names(wanted, part)], [], [])
+        sections = " and ".join(f"foldkernels.{part}" for part in unready)
+        raise BadInput(
+            f"{checkpoint.source}: the config asks for {sections}, whose weights are not in this checkpoint.\n{report}",
+            "train them first, and load the checkpoint that the training writes; or start them fresh, with the model "
+            f"unchanged at first, by `{unready[0]}: {{block: ..., init: zero}}`; or leave the section out.",
+        )
+    for part in lacking:
+        found |= {name: wanted[name] for name in _names(wanted, part)}
+    model.fresh = tuple(lacking)
     report = mismatch_report(
         [name for name in wanted if name not in found],
         [name for name in found if name not in wanted],
@@ -78,6 +92,10 @@ def _load_weights(model: FlowModel, checkpoint: Checkpoint) -> None:
             "use the config.yaml that was written with these weights.",
         )
     model.load_state_dict(found, strict=True)
+
+
+def _names(state: dict[str, torch.Tensor], part: str) -> list[str]:
+    return [name for name in state if name.startswith(f"{part}.")]
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -110,6 +128,7 @@ def _options(checkpoint: Checkpoint) -> FoldkernelsConfig:
     except ValidationError as error:
         first = error.errors()[0]
         raise BadInput(
-            f"{checkpoint.source}: {'.'.join(['foldkernels', *map(str, first['loc'])])}: {first['msg']}",
-            f"the section's keys are {', '.join(FoldkernelsConfig.model_fields)}.",
+            f"{checkpoint.source}: {'.'.join(['foldkernels', *map(str, first['loc'])])}: "
+            f"{first['msg'].removeprefix('Value error, ')}",
+            f"the section's keys are {', '.join(FoldkernelsConfig.model_fields)}; docs/configuration.md lists theirs.",
         ) from None

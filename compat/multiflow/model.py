@@ -13,12 +13,14 @@ from ...configs.options import FoldkernelsConfig
 from ...kernels.binding import BindReport
 from ...kernels.registry import precision
 from ...modules.edge_features import EdgeFeatureNet
+from ...modules.ipa_trunk import mask_pairs
 from ...modules.masks import boolean
 from ...modules.node_features import NodeFeatureNet
 from ...modules.rigid import Rigid
 from ...modules.trunk import Trunk
 from ..errors import BadInput
 from .configuration import ModelConfig, as_model_config
+from .extras import enrichment_of, sequence_net_of
 
 #: Residue types of Multiflow: 20 amino acids, then the mask.
 NUM_TOKENS, MASK_TOKEN_INDEX = 20, 20
@@ -30,11 +32,16 @@ class FlowModel(nn.Module):
 
     Args:
         model_config: The `model:` section: a `ModelConfig`, a mapping, or an attribute object.
-        options: Our own options.
+        options: Our own options. Without an enrichment or a sequence net among them the model is Multiflow's exactly.
 
     Attributes:
         config: The checkpoint's whole config, where `load` made the model; else None.
         kernels: What `bind` reported, where `load` made the model; else None.
+        fresh: The parts (`enrichment`, `sequence_net`) whose weights a checkpoint lacked, and which `load` started
+            afresh because their `init` is zero.
+
+    Raises:
+        BadInput: A setting is wrong.
     """
 
     def __init__(self, model_config: Any, options: FoldkernelsConfig | None = None) -> None:
@@ -44,6 +51,7 @@ class FlowModel(nn.Module):
         self.options = options or FoldkernelsConfig()
         self.config: Any = None
         self.kernels: BindReport | None = None
+        self.fresh: tuple[str, ...] = ()
         self.node_feature_net = NodeFeatureNet(section.node_features)
         self.edge_feature_net = EdgeFeatureNet(section.edge_features)
         if section.aatype_pred:
@@ -57,6 +65,9 @@ class FlowModel(nn.Module):
             section.transformer_dropout,
             checkpointing=self.options.activation_checkpointing,
         )
+        # Last, so that the parts above draw the weights they would draw without these.
+        self.enrichment = enrichment_of(section, self.options)
+        self.sequence_net = sequence_net_of(section, self.options)
 
     def forward(self, input_feats: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Predict the clean structure and sequence.
@@ -105,9 +116,41 @@ class FlowModel(nn.Module):
             out_dtype=self._pair_dtype(dtype),
         )
         frames = Rigid(rotmats, trans).scale_translation(ANGSTROM_TO_NM)
-        nodes, frames = self.trunk(
-            nodes * there, z, frames, mask, there[..., 0] * diffuse_mask, consume_z=True
+        nodes = nodes * there
+        # The first embeddings are kept only for a net that merges with them.
+        first = (nodes, z) if self._merges_first else (None, None)
+        if self.enrichment is not None:
+            nodes, z = self.enrichment(
+                nodes,
+                z,
+                mask,
+                init_node_embed=first[0],
+                init_edge_embed=first[1],
+                rigid=frames,
+                r3_t=input_feats["r3_t"],
+                overwrite_z=first[1] is None,
+            )
+            nodes, z = nodes * there, mask_pairs(z, mask, overwrite=z is not first[1])
+        nodes, frames, pairs = self.trunk(
+            nodes,
+            z,
+            frames,
+            mask,
+            there[..., 0] * diffuse_mask,
+            consume_z=z is not first[1],
+            keep_z=self.sequence_net is not None,
         )
+        if self.sequence_net is not None:
+            nodes = self.sequence_net(
+                nodes,
+                pairs,
+                mask,
+                init_node_embed=first[0],
+                init_edge_embed=first[1],
+                rigid=frames,
+                r3_t=input_feats["r3_t"],
+                overwrite_z=True,
+            )
         frames = frames.scale_translation(NM_TO_ANGSTROM)
         logits, residue_types = self._residue_types(nodes, aatypes)
         return {
@@ -116,6 +159,13 @@ class FlowModel(nn.Module):
             "pred_logits": logits,
             "pred_aatypes": residue_types,
         }
+
+    @property
+    def _merges_first(self) -> bool:
+        options = self.options
+        return (self.enrichment is not None and options.enrichment.merges_initial) or (
+            self.sequence_net is not None and options.sequence_net.merges_initial
+        )
 
     def _pair_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
         """The pair representation lives in 16 bits where the configuration lets kernels round to them."""

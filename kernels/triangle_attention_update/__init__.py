@@ -5,7 +5,7 @@ all rows together are four pair tensors; streamed over rows they need never exis
 update is `triangle_attention` between plain PyTorch layers: the maths is the same.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
@@ -71,24 +71,39 @@ def triangle_attention_update(
     Raises:
         KernelUnavailable: No kernel that the configuration allows can serve the call.
     """
+    # A z that autocast would cast is the separate layers' business: they know what to leave in float32.
+    if floating_type(z) is z.dtype and common_kernel(OPERATION.name, z, config=config, **_sizes(z, weights)):
+        return one_pass(z, mask, weights, ending=ending, eps=eps, config=config)
+    return layers(z, mask, weights, ending=ending, eps=eps, config=config)
+
+
+def _sizes(z: Tensor, weights: Weights) -> dict[str, Any]:
     heads = weights.bias.shape[0]
     dims = {"h": heads, "d": weights.q.shape[0] // heads, "cz": z.shape[3]}
-    grad = any_requires_grad(z, *weights)
-    # A z that autocast would cast is the separate layers' business: they know what to leave in float32.
-    if floating_type(z) is z.dtype and common_kernel(
-        OPERATION.name, z, length=z.shape[1], dims=dims, grad=grad, config=config
-    ):
-        run = function_for(OPERATION.name, z, length=z.shape[1], dims=dims, grad=grad, config=config)
-        with pytorch.autocast(z.device.type, enabled=False):
-            out: Tensor = run(z, mask, weights, ending, eps)
-        return out
-    return layers(z, mask, weights, ending, eps, config)
+    return {"length": z.shape[1], "dims": dims, "grad": any_requires_grad(z, *weights)}
+
+
+def one_pass(
+    z: Float[Tensor, "b n n cz"],
+    mask: Bool[Tensor, "b n n"] | None,
+    weights: Weights,
+    *,
+    ending: bool,
+    eps: float,
+    config: str,
+) -> Float[Tensor, "b n n cz"]:
+    """The update by a kernel that does all of it."""
+    run = function_for(OPERATION.name, z, config=config, **_sizes(z, weights))
+    with pytorch.autocast(z.device.type, enabled=False):
+        out: Tensor = run(z, mask, weights, ending, eps)
+    return out
 
 
 def layers(
     z: Float[Tensor, "b n n cz"],
     mask: Bool[Tensor, "b n n"] | None,
     weights: Weights,
+    *,
     ending: bool,
     eps: float,
     config: str,

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..biased_attention import attend, attend_backward
-from ..blocks import block_dtype
+from ..blocks import block_dtype, norm_dtype
 from ..pair_bias import pair_bias_backward, pair_bias_into
 from ..rows import accumulate_, zeros_like_wide
 from ..tensors import widest
@@ -36,7 +36,9 @@ class Forward:
     ) -> None:
         self.z, self.mask, self.eps, self.given = z, mask, eps, Weights(*weights, gate_bias, out_bias)
         self.dtype = block_dtype(z)
-        self.w = Weights(*(None if w is None else w.to(self.dtype) for w in self.given))  # type: ignore[arg-type]
+        w = Weights(*(None if w is None else w.to(self.dtype) for w in self.given))  # type: ignore[arg-type]
+        norm = (w.to(norm_dtype(z)) for w in self.given[:2])  # type: ignore[union-attr]
+        self.w = Weights(*norm, *w[2:])  # type: ignore[arg-type]
         # One product for all four: the same block is read once, and the product is as wide as processors like it.
         self.packed: Float[Tensor, "4*h*d cz"] = torch.cat([self.w.q, self.w.k, self.w.v, self.w.gate])
         b, n, m, _ = z.shape

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..blocks import block_dtype, pairs_per_block, slices
+from ..blocks import block_dtype, norm_dtype, pairs_per_block, slices
 from ..rows import accumulate_
 from ..tensors import widest
 from . import Weights
@@ -22,7 +22,9 @@ _CHANNELS = 32  # products at once: fewer leave the projections too narrow, more
 
 def prepare(weights: Weights, z: Tensor) -> Weights:
     """The weights in the type in which blocks are multiplied."""
-    return Weights(*(None if w is None else w.to(block_dtype(z)) for w in weights))  # type: ignore[arg-type]
+    norms = {name: getattr(weights, name).to(norm_dtype(z)) for name in Weights._fields if name.startswith("norm")}
+    cast = Weights(*(None if w is None else w.to(block_dtype(z)) for w in weights))  # type: ignore[arg-type]
+    return cast._replace(**norms)
 
 
 def _blocks(z: Float[Tensor, "n n cz"]) -> Iterator[tuple[slice, slice]]:
