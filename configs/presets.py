@@ -42,19 +42,27 @@ _CUEQUIVARIANCE: Mapping[str, Candidates] = dict.fromkeys(
     ("triangle_attention", "triangle_multiplication", "attention_pair_bias"), ("cuequivariance",)
 )
 _LIBRARIES: Mapping[str, Candidates] = {**_CUEQUIVARIANCE, "triangle_attention": ("cuequivariance", "trifast")}
+# Our own.
+_TRITON: Mapping[str, Candidates] = dict.fromkeys(("triangle_attention", "attention_pair_bias"), ("triton",))
+
+
+def _then(first: Mapping[str, Candidates], second: Mapping[str, Candidates]) -> Mapping[str, Candidates]:
+    return {operation: first.get(operation, ()) + second.get(operation, ()) for operation in OPERATIONS}
 
 
 #: preset -> operation -> device type -> kernels, best first.
 PRESETS: Mapping[str, Lists] = MappingProxyType(
     {
         # The best kernel that computes exactly what the reference defines.
-        "auto": _everywhere(_STREAMED, cuda=_LIBRARIES),
+        "auto": _everywhere(_STREAMED, cuda=_then(_LIBRARIES, _TRITON)),
         # The definition itself, and nothing else.
         "reference": _everywhere(_DEFINITION),
         # PyTorch's own operators only.
         "torch": _everywhere(_STREAMED),
         # Kernels that never hold the attention matrix.
-        "flash": _everywhere(_STREAMED, cuda={"triangle_attention": ("trifast",)}),
+        "flash": _everywhere(_STREAMED, cuda=_then(_TRITON, {"triangle_attention": ("trifast",)})),
+        # Our own Triton kernels, where an operation has one.
+        "triton": _everywhere(_STREAMED, cuda=_TRITON),
         # NVIDIA's library, where it has a kernel for the operation.
         "cuequivariance": _everywhere(_STREAMED, cuda=_CUEQUIVARIANCE),
     }

@@ -42,6 +42,7 @@ _SMALL_32 = (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(32
 _LARGE_32 = (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3))
 _LARGE_64 = (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 8, 3))
 _AMD_32 = (Tile(64, 64, 4, 2),) * 4
+_AMD_EXACT_32 = (Tile(32, 32, 4, 2),) * 4
 _EXACT_64 = (Tile(32, 32, 4, 3),) * 4
 _EXACT_128 = (Tile(32, 32, 8, 2),) * 4
 
@@ -61,7 +62,7 @@ TILES: Mapping[str, Mapping[str, Mapping[int, tuple[Tile, ...]]]] = {
         HALF: {16: _LARGE_32, 32: _LARGE_32, 64: _LARGE_64, 128: _LARGE_64},
         EXACT: {16: _EXACT_64, 32: _EXACT_64, 64: _EXACT_64, 128: _EXACT_128},
     },
-    AMD: {HALF: {16: _AMD_32, 32: _AMD_32, 64: _AMD_32}, EXACT: {16: (Tile(32, 32, 4, 2),) * 4, 32: (Tile(32, 32, 4, 2),) * 4}},
+    AMD: {HALF: {16: _AMD_32, 32: _AMD_32, 64: _AMD_32}, EXACT: {16: _AMD_EXACT_32, 32: _AMD_EXACT_32}},
 }
 
 _TYPES = {torch.float32: EXACT, torch.bfloat16: HALF, torch.float16: HALF}
@@ -120,5 +121,5 @@ def reasons_against(request: Request) -> list[Reason]:
         return reasons
     d, largest = request.dims["d"], max(TILES[chips(request.capability)][_TYPES[request.dtype]])
     if d > largest:
-        reasons.append(Reason(f"heads of {d} take more shared memory than a block has: in {word}, {largest} is the limit"))
+        reasons.append(Reason(f"heads of {d} take too much shared memory: in {word}, {largest} is the limit"))
     return reasons

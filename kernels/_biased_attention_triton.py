@@ -7,7 +7,6 @@ instruction: everything that enters them is multiplied by log2(e).
 Offsets are 64 bits wide: a transposed pair tensor's last row lies beyond 2^31 elements at 4,096 residues.
 """
 
-# ruff: noqa: N803 - Triton's compile-time constants are written in capitals
 from typing import Any
 
 import triton

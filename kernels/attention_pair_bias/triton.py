@@ -1,4 +1,4 @@
-"""Attention with a pair bias in Triton: no logit reaches memory; with one sequence a bias, its gradient costs nothing."""
+"""Attention with a pair bias in Triton: no logit reaches memory, and the bias's gradient needs no atomics."""
 
 from jaxtyping import Bool, Float
 from torch import Tensor
