@@ -159,7 +159,7 @@ def _backward(
     if call.r > 1:
         tile = call.tile("bias")
         programs = heads * _blocks(call.i, tile.queries) * _blocks(call.j, tile.keys)
-        # By the sizes alone, and not by the chip: the order of adding is then the same everywhere.
+        # By the sizes alone: the order of adding does not depend on how many processors a chip has.
         some_rows = _blocks(call.r, min(call.r, _blocks(_PROGRAMS, programs)))
         parts = _blocks(call.r, some_rows)
         sums = d_bias if parts == 1 else d_bias.new_empty(parts, *d_bias.shape, dtype=torch.float32)
