@@ -9,9 +9,10 @@ Three kernels, each the only writer of what it writes, and each adding in a fixe
 So 9 products a logit, where kernels that add to dq and to the bias with atomics do 5. Keeping a bias tile's sum in
 memory while `keys_kernel` runs over rows would save 2 of them, but read and write 8 bytes a logit. Computing them again
 reads 4 in a tile of 64 x 64 at a head size of 32; the two products, 128 flop, cost 0.16 ps on an H200 (790 TFLOP/s),
-where the L2 cache takes 1.5 ps for 8 bytes (about 5.5 TB/s). All this is arithmetic, not measured. Where one row alone
-uses the bias, as in attention with a pair bias, `queries_kernel` writes the bias's gradient on its way, and the third is
-not run.
+where the L2 cache takes 1.5 ps for 8 bytes (about 5.5 TB/s). All this is arithmetic, not measured.
+
+Where one row alone uses the bias, as in attention with a pair bias, `queries_kernel` writes the bias's gradient on its
+way, and the third is not run.
 """
 
 # ruff: noqa: E741 - I and J are the numbers of queries and keys in a tile
