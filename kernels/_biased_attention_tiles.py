@@ -53,7 +53,7 @@ TILES: Mapping[str, Mapping[str, Mapping[int, tuple[Tile, ...]]]] = {
         HALF: {
             16: _SMALL_32,
             32: _SMALL_32,
-            64: _SMALL_32,
+            64: (Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(32, 64, 4, 3), Tile(32, 64, 4, 3)),
             128: (Tile(64, 32, 4, 3), Tile(64, 32, 4, 3), Tile(32, 32, 4, 3), Tile(32, 32, 4, 3)),
         },
         EXACT: {16: _EXACT_64, 32: _EXACT_64, 64: _EXACT_64, 128: _EXACT_128},

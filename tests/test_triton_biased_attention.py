@@ -156,8 +156,9 @@ def test_the_operator_is_one(ask, layout):
 
 CHIPS = {80: (8, 0), 89: (8, 9), 90: (9, 0), 100: (10, 0)}
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-#: Bytes of stack that ptxas may use where registers run out, and where it uses more. Measured with triton 3.7.1.
-STACK, MORE_STACK = 64, dict[tuple[int, str, str, int], int]()
+#: Bytes of stack that ptxas may use where registers run out. With triton 3.7.1, 64 is the most that was seen: of the
+#: kernel `queries`, where it also writes the bias's gradient.
+STACK = 96
 
 
 def _cases() -> Iterator[Any]:
@@ -210,7 +211,7 @@ def test_it_compiles_and_fits(arch, dtype, d, kernel, tmp_path):
     assert found is not None, used
     registers, stack = map(int, found.groups())
     print(f"sm_{arch} {dtype} {d} {kernel}: shared {code.metadata.shared}, registers {registers}, stack {stack}")
-    assert stack <= MORE_STACK.get((arch, dtype, kernel, d), STACK)
+    assert stack <= STACK
     products = re.findall(r"mma\.(?:m16n8|sync)|wgmma\.mma_async|tcgen05\.mma", code.asm["ptx"])
     assert bool(products) == (dtype == "bf16"), "the products are not where they should be"
     assert "tf32" not in code.asm["ptx"]
