@@ -73,8 +73,8 @@ def queries_kernel(  # type: ignore[no-untyped-def]
         d_weights = dot(do_tile, tl.trans(v_tile), nothing, PRECISION, INTERPRETED)
         d_logits = weights * (d_weights - of_delta[:, None])
         if WITH_BIAS:
-            place = d_bias + ((item * heads + head) * queries + i[:, None]) * keys + j[None, :]
-            there = (i[:, None] < queries) & (j[None, :] < keys)
+            place = d_bias + ((item * heads + head) * queries + i[:, None]) * padded_keys + j[None, :]
+            there = (i[:, None] < queries) & (j[None, :] < padded_keys)
             tl.store(place, d_logits.to(d_bias.dtype.element_ty), mask=there)
         sums = dot(d_logits.to(k_tile.dtype), k_tile, sums, PRECISION, INTERPRETED)
     store_rows(d_q + item * d_q_b + head * d_q_h + row * d_q_r, sums * scale, i, d_q_i, queries, D, WIDTH)
@@ -140,7 +140,7 @@ def bias_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr, WIDTH: tl.constexpr, I: tl.constexpr, J: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile [I, J] of the bias, summed over `some_rows` rows, to d_bias [parts, b, h, i, j]."""
+    """The gradient of a tile [I, J] of the bias, summed over `some_rows` rows, to d_bias [parts, b, h, i, p]."""
     i_blocks, j_blocks = tl.cdiv(queries, I), tl.cdiv(keys, J)
     block, head, item, part = split(tl.program_id(0), i_blocks * j_blocks, heads, items)
     i = (block // j_blocks) * I + tl.arange(0, I)
@@ -170,9 +170,9 @@ def bias_kernel(  # type: ignore[no-untyped-def]
         logits += load_reach(reach + row * padded_keys, j, keys, padded_keys, MASKED)[None, :]
         d_weights = dot(do_tile, v_tile, nothing, PRECISION, INTERPRETED)
         sums += tl.exp2(logits - of_lse[:, None]) * (d_weights - of_delta[:, None])
-    d_bias += ((part * items + item) * heads + head) * queries * keys
-    place = d_bias + i[:, None].to(tl.int64) * keys + j[None, :]
-    there = (i[:, None] < queries) & (j[None, :] < keys)
+    d_bias += ((part * items + item) * heads + head) * queries * padded_keys
+    place = d_bias + i[:, None].to(tl.int64) * padded_keys + j[None, :]
+    there = (i[:, None] < queries) & (j[None, :] < padded_keys)
     tl.store(place, sums.to(d_bias.dtype.element_ty), mask=there)
 
 

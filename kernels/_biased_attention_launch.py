@@ -141,10 +141,19 @@ def _backward(
     scale = call.d**-0.5
     given = (d_out, call.q, call.k, call.v, call.bias)
     heads = call.b * call.h
+    # By the sizes alone: the order of adding does not depend on how many processors a chip has.
+    tile = call.tile("bias")
+    programs = heads * _blocks(call.i, tile.queries) * _blocks(call.j, tile.keys)
+    some_rows = _blocks(call.r, min(call.r, _blocks(_PROGRAMS, programs)))
+    parts = _blocks(call.r, some_rows)
+    whole = parts == 1 and call.padded_keys == call.j
+    # Padded as the bias is: stores of whole vectors take fewer registers.
+    shape = (parts, call.b, call.h, call.i, call.padded_keys)
+    sums = d_bias if whole else d_bias.new_empty(shape, dtype=torch.float32 if parts > 1 else None)
     call.launch(
         "queries",
         heads * call.r * _blocks(call.i, call.tile("queries").queries),
-        *given, call.reach, out, lse, delta, d_q, d_bias,
+        *given, call.reach, out, lse, delta, d_q, sums,
         *_strides(*given, out, d_q),
         *sizes, scale,
         WITH_BIAS=call.r == 1,
@@ -157,12 +166,6 @@ def _backward(
         *sizes, scale,
     )  # fmt: skip
     if call.r > 1:
-        tile = call.tile("bias")
-        programs = heads * _blocks(call.i, tile.queries) * _blocks(call.j, tile.keys)
-        # By the sizes alone: the order of adding does not depend on how many processors a chip has.
-        some_rows = _blocks(call.r, min(call.r, _blocks(_PROGRAMS, programs)))
-        parts = _blocks(call.r, some_rows)
-        sums = d_bias if parts == 1 else d_bias.new_empty(parts, *d_bias.shape, dtype=torch.float32)
         call.launch(
             "bias",
             parts * programs,
@@ -170,8 +173,8 @@ def _backward(
             *_strides(*given),
             call.b, *sizes, some_rows, scale,
         )  # fmt: skip
-        if parts > 1:
-            d_bias.copy_(sums.sum(0))
+    if not whole:
+        d_bias.copy_((sums[0] if parts == 1 else sums.sum(0))[..., : call.j])
     return d_q, d_k, d_v, d_bias
 
 
