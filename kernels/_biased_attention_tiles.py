@@ -79,7 +79,7 @@ def width(d: int) -> int:
 
 def shared_memory(capability: tuple[int, int]) -> int:
     """Bytes that a thread block of such a chip may ask for."""
-    return next((size for first, size in reversed(SHARED_MEMORY.items()) if capability >= first), 0)
+    return next((size for first, size in reversed([*SHARED_MEMORY.items()]) if capability >= first), 0)
 
 
 def chips(capability: tuple[int, int] | None) -> str:
