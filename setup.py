@@ -26,7 +26,8 @@ BASE = [
 ]
 PLOTS = ["matplotlib"]
 # einops: the benchmarks, which the tests try, use it where the originals do.
-TEST = ["pytest>=8", "pytest-xdist", "ruff", "mypy", "setuptools>=77", "einops"]
+# triton: compiles ahead of time and interprets without a GPU, beside a torch built for the CPU, too.
+TEST = ["pytest>=8", "pytest-xdist", "ruff", "mypy", "setuptools>=77", "einops", "triton>=3.7; sys_platform == 'linux'"]
 EXTRAS = {
     # CUDA 13, which is what the package index's torch >= 2.11 is built for; the cu12 and cu13 ops wheels write the same
     # files, so there is no extra for CUDA 12. None of these exists for a Mac, which must be able to resolve them all.

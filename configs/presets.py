@@ -42,7 +42,8 @@ _CUEQUIVARIANCE: Mapping[str, Candidates] = dict.fromkeys(
     ("triangle_attention", "triangle_multiplication", "attention_pair_bias"), ("cuequivariance",)
 )
 _LIBRARIES: Mapping[str, Candidates] = {**_CUEQUIVARIANCE, "triangle_attention": ("cuequivariance", "trifast")}
-
+# Our own. Interpreted and compiled so far, never run on a GPU: they stand under their own word until they have been.
+_TRITON: Mapping[str, Candidates] = dict.fromkeys(("triangle_attention", "attention_pair_bias"), ("triton",))
 
 #: preset -> operation -> device type -> kernels, best first.
 PRESETS: Mapping[str, Lists] = MappingProxyType(
@@ -55,6 +56,8 @@ PRESETS: Mapping[str, Lists] = MappingProxyType(
         "torch": _everywhere(_STREAMED),
         # Kernels that never hold the attention matrix.
         "flash": _everywhere(_STREAMED, cuda={"triangle_attention": ("trifast",)}),
+        # Our own Triton kernels, where an operation has one.
+        "triton": _everywhere(_STREAMED, cuda=_TRITON),
         # NVIDIA's library, where it has a kernel for the operation.
         "cuequivariance": _everywhere(_STREAMED, cuda=_CUEQUIVARIANCE),
     }

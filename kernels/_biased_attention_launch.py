@@ -1,0 +1,217 @@
+"""Attention with a dense bias in Triton, as custom operators: launches, memory, autograd. Imported by `load` only."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from . import _biased_attention_backward_triton, machine  # noqa: F401 - the first adds its kernels
+from ._biased_attention_tiles import Tile, tile_for, width
+from ._biased_attention_triton import INTERPRETED, KERNELS
+from .custom import no_double_backward
+
+_ALIGNED = 16  # elements; Triton reads in vectors where a size is a multiple of this
+_PROGRAMS = 512  # enough for the largest chip; more only where the rows must be split for it
+_CHIP_OF_THE_INTERPRETER = (8, 0)
+
+
+def _inner_contiguous(x: Tensor) -> Tensor:
+    """The tensor itself, or a copy where its last axis is spread out: a head is then read in vectors."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _padded_bias(bias: Float[Tensor, "b h i j"]) -> Float[Tensor, "b h i p"]:
+    """The bias with its keys side by side, up to a multiple of 16.
+
+    Every row reads the bias again, so that a copy which makes those reads whole costs little. It is one where the
+    number of keys is no such multiple, or the bias came with its heads innermost.
+    """
+    keys = bias.shape[-1]
+    padded = -(-keys // _ALIGNED) * _ALIGNED
+    if padded == keys and bias.stride(-1) == 1 and bias.stride(-2) % _ALIGNED == 0:
+        return bias
+    out = bias.new_zeros(*bias.shape[:-1], padded)
+    out[..., :keys] = bias
+    return out
+
+
+def _reach(mask: Bool[Tensor, "b r j"] | None, padded_keys: int, like: Tensor) -> Float[Tensor, "b r p"]:
+    """0 where a key takes part, -inf elsewhere and beyond; one number that nobody reads without a mask."""
+    if mask is None:
+        return like.new_zeros(1, dtype=torch.float32)
+    reach = like.new_full((*mask.shape[:-1], padded_keys), -torch.inf, dtype=torch.float32)
+    reach[..., : mask.shape[-1]].masked_fill_(mask, 0.0)
+    return reach
+
+
+class _Call:
+    """What all launches of one call have in common."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> None:
+        self.q, self.k, self.v = (_inner_contiguous(x) for x in (q, k, v))
+        self.bias = _padded_bias(bias)
+        self.padded_keys = self.bias.shape[-1]
+        self.masked = mask is not None
+        self.reach = _reach(mask, self.padded_keys, q)
+        self.b, self.h, self.r, self.i, self.d = q.shape
+        self.j = k.shape[-2]
+        self.capability = machine.capability("cuda", q.device.index) if q.is_cuda else _CHIP_OF_THE_INTERPRETER
+        # PyTorch's own switch for float32 products; without it, they are exact. AMD's chips have no tf32 for all.
+        rounded = torch.get_float32_matmul_precision() != "highest" and self.capability is not None
+        self.precision = "tf32" if q.dtype is torch.float32 and rounded else "ieee"
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return 0 in (self.b, self.h, self.r, self.i, self.j, self.d)
+
+    def tile(self, kernel: str) -> Tile:
+        """The tile that the chip takes."""
+        return tile_for(self.capability, kernel, self.q.dtype, self.d)
+
+    def launch(self, kernel: str, programs: int, *arguments: Any, **options: Any) -> None:
+        """Run a kernel in its tile's size. A device without a number (the interpreter's CPU) needs no guard."""
+        tile = self.tile(kernel)
+        with torch.cuda.device(self.q.device) if self.q.is_cuda else nullcontext():
+            KERNELS[kernel][(programs,)](
+                *arguments,
+                D=self.d,
+                WIDTH=width(self.d),
+                I=tile.queries,
+                J=tile.keys,
+                MASKED=self.masked,
+                PRECISION=self.precision,
+                INTERPRETED=INTERPRETED,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+                **options,
+            )
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Every stride but the last, which is one."""
+    return [stride for x in tensors for stride in x.stride()[:-1]]
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    out, lse = _out_and_lse(q)
+    call = _Call(q, k, v, bias, mask)
+    if call.empty:
+        return out.zero_(), lse.fill_(torch.inf)
+    call.launch(
+        "forward",
+        call.b * call.h * call.r * _blocks(call.i, call.tile("forward").queries),
+        call.q, call.k, call.v, call.bias, call.reach, out, lse,
+        *_strides(call.q, call.k, call.v, call.bias, out),
+        call.h, call.r, call.i, call.j, call.padded_keys, call.d**-0.5,
+    )  # fmt: skip
+    return out, lse
+
+
+def _out_and_lse(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for the results; out has strides like those of q, so that the caller's permutation back is a view."""
+    out = torch.empty_like(q)
+    if out.stride(-1) != 1:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def _like(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    return out if out.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_q, d_k, d_v = _like(q), _like(k), _like(v)
+    d_bias = torch.empty_like(bias, memory_format=torch.contiguous_format)
+    call = _Call(q, k, v, bias, mask)
+    if call.empty:
+        return d_q.zero_(), d_k.zero_(), d_v.zero_(), d_bias.zero_()
+    d_out = _inner_contiguous(d_out)
+    delta = torch.empty_like(lse)
+    sizes = (call.h, call.r, call.i, call.j, call.padded_keys)
+    scale = call.d**-0.5
+    given = (d_out, call.q, call.k, call.v, call.bias)
+    heads = call.b * call.h
+    # By the sizes alone: the order of adding does not depend on how many processors a chip has.
+    tile = call.tile("bias")
+    programs = heads * _blocks(call.i, tile.queries) * _blocks(call.j, tile.keys)
+    some_rows = _blocks(call.r, min(call.r, _blocks(_PROGRAMS, programs)))
+    parts = _blocks(call.r, some_rows)
+    whole = parts == 1 and call.padded_keys == call.j
+    # Padded as the bias is: stores of whole vectors take fewer registers.
+    shape = (parts, call.b, call.h, call.i, call.padded_keys)
+    sums = d_bias if whole else d_bias.new_empty(shape, dtype=torch.float32 if parts > 1 else None)
+    call.launch(
+        "queries",
+        heads * call.r * _blocks(call.i, call.tile("queries").queries),
+        *given, call.reach, out, lse, delta, d_q, sums,
+        *_strides(*given, out, d_q),
+        *sizes, scale,
+        WITH_BIAS=call.r == 1,
+    )  # fmt: skip
+    call.launch(
+        "keys",
+        heads * call.r * _blocks(call.j, call.tile("keys").keys),
+        *given, call.reach, lse, delta, d_k, d_v,
+        *_strides(*given, d_k, d_v),
+        *sizes, scale,
+    )  # fmt: skip
+    if call.r > 1:
+        call.launch(
+            "bias",
+            parts * programs,
+            *given, call.reach, lse, delta, sums,
+            *_strides(*given),
+            call.b, *sizes, some_rows, scale,
+        )  # fmt: skip
+    if not whole:
+        d_bias.copy_((sums[0] if parts == 1 else sums.sum(0))[..., : call.j])
+    return d_q, d_k, d_v, d_bias
+
+
+def fused(operation: str) -> Any:
+    """Make the custom operator of an operation; each has its own, so that its errors name it.
+
+    Returns:
+        A function of q [b, h, r, i, d], k and v [b, h, r, j, d], bias [b, h, i, j] and mask [b, r, j] (or None) that
+        gives [b, h, r, i, d] and the log-sum-exp [b, h, r, i] of the logits in base 2, through which no gradient goes.
+    """
+
+    @torch.library.custom_op(f"foldkernels::{operation}_triton", mutates_args=())
+    def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _forward(q, k, v, bias, mask)
+
+    @forward.register_fake
+    def _(q, k, v, bias, mask):  # type: ignore[no-untyped-def]
+        return _out_and_lse(q)
+
+    @torch.library.custom_op(f"foldkernels::{operation}_triton_backward", mutates_args=())
+    def backward(
+        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _backward(d_out, q, k, v, bias, mask, out, lse)
+
+    @backward.register_fake
+    def _(d_out, q, k, v, bias, mask, out, lse):  # type: ignore[no-untyped-def]
+        return _like(q), _like(k), _like(v), torch.empty_like(bias, memory_format=torch.contiguous_format)
+
+    def keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(*inputs, out, lse)
+
+    def gradients(ctx, d_out, _):  # type: ignore[no-untyped-def]
+        return *backward(d_out, *ctx.saved_tensors), None
+
+    forward.register_autograd(gradients, setup_context=keep)
+    no_double_backward(backward, operation=operation, kernel="triton")
+    return forward

@@ -1,0 +1,264 @@
+"""The Triton attention with a dense bias: its numbers in Triton's interpreter, its code for four chips, its limits.
+
+No GPU is needed, and none is used: what a chip makes of that code, and how fast, is for the contract test on a GPU.
+"""
+
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from foldkernels.kernels import _biased_attention_tiles as tiles
+from foldkernels.kernels import registry
+
+try:
+    import triton
+except ImportError as error:
+    WHY_NOT = f"triton cannot be imported: {error}"
+else:
+    PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    WHY_NOT = "" if PTXAS.exists() else f"this triton brings no ptxas: {PTXAS}"
+
+with_triton = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+Ask = Callable[..., dict[str, Any]]
+PLAIN: dict[str, Any] = {
+    "operation": "triangle_attention",
+    "b": 1, "h": 2, "r": 3, "n": 17, "d": 16,
+    "dtype": "float32", "masked": True, "layout": "plain", "wide_bias": False, "given": True,
+    "fault": "", "programs": 512,
+}  # fmt: skip
+SECONDS = 600
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Ask]:
+    """Ask the interpreter, which runs beside us, about a case: `PLAIN`, but for what is named."""
+    script = Path(__file__).parent / "support" / "triton_interpreter.py"
+    with tempfile.TemporaryFile("w+") as log:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
+        process = subprocess.Popen([sys.executable, "-P", str(script)], **pipes)
+        assert process.stdin is not None and process.stdout is not None
+
+        def answer(**case: Any) -> dict[str, Any]:
+            asked = {**PLAIN, **case}
+            asked.setdefault("m", asked["n"])
+            print(json.dumps(asked), file=process.stdin, flush=True)
+            ready, _, _ = select.select([process.stdout], [], [], SECONDS)
+            line = process.stdout.readline() if ready else ""
+            if not line:
+                log.seek(0)
+                pytest.fail(f"no answer to {asked}: {log.read()[-2000:]}")
+            found: dict[str, Any] = json.loads(line)
+            assert "raised" not in found, found["raised"]
+            return found
+
+        yield answer
+        process.stdin.close()
+        process.stdout.close()
+        process.kill()
+        process.wait()
+
+
+def wrong(found: dict[str, Any]) -> list[str]:
+    """Outputs and gradients whose error, NaN among them, is more than it may be."""
+    return [
+        f"{name}: error {x['error']:.2g}, which may be {x['may_be']:.2g} (plain PyTorch's is {x['of_plain']:.2g})"
+        for name, x in found.items()
+        if isinstance(x, dict) and not x["error"] <= x["may_be"]
+    ]
+
+
+def right(found: dict[str, Any]) -> None:
+    assert not wrong(found), "\n".join(wrong(found))
+    assert not any(found.get("of_empty_rows", ())), "a row without keys is not zero"
+
+
+def slow(*values: int) -> list[Any]:
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@with_triton
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("n", [1, 2, 7, 16, 17, 33, *slow(15, 31, 65, 100)])
+def test_lengths(ask, n, masked):
+    right(ask(n=n, masked=masked, r=2 if n > 17 else 3, h=1 if n > 17 else 2))
+
+
+@with_triton
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("d", [8, 24, 32, *slow(1, 5, 16, 48, 64, 80, 128)])
+def test_head_sizes(ask, d, dtype):
+    """Sizes that are no power of two among them; the bias wider than the data, as a projection gives it."""
+    found = ask(d=d, dtype=dtype, wide_bias=dtype != "float32" and d % 16 == 8)
+    right(found)
+    assert {x["dtype"] for name, x in found.items() if name != "of_empty_rows"} == {f"torch.{dtype}"}
+
+
+@with_triton
+@pytest.mark.parametrize("layout", ["transposed", "spread", "expanded"])
+def test_layouts(ask, layout):
+    right(ask(layout=layout, b=2, h=1, n=7))
+
+
+@with_triton
+def test_rows_and_columns_differ_in_number(ask):
+    right(ask(b=2, h=1, r=5, n=7, m=18))
+    right(ask(operation="attention_pair_bias", r=1, n=18, m=7))
+
+
+@with_triton
+@pytest.mark.parametrize("given", [True, False], ids=["bias", "projected"])
+@pytest.mark.parametrize("shared", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_attention_pair_bias(ask, dtype, shared, given):
+    """One sequence a bias takes the shorter way to the bias's gradient."""
+    right(ask(operation="attention_pair_bias", b=2, r=shared, given=given, dtype=dtype, d=24, masked=given))
+
+
+@with_triton
+@pytest.mark.parametrize("programs", [1, 4, 512], ids=["one part", "three rows a part", "one row a part"])
+def test_every_run_gives_the_same(ask, programs):
+    """The bias's gradient is summed over rows, and over parts of them where there are few programs."""
+    found = ask(r=8, n=5, h=1, d=8, twice=True, programs=programs)
+    right(found)
+    assert all(x["same"] for x in found.values() if isinstance(x, dict))
+
+
+@with_triton
+@pytest.mark.parametrize("fault", ["flipped mask", "transposed bias", "lost scale", "lost bias"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_comparison_sees_a_mistake(ask, dtype, fault):
+    seen = " ".join(wrong(ask(n=7, h=1, dtype=dtype, fault=fault)))
+    assert all(name in seen for name in ("out", "d_q", "d_k", "d_v", "d_bias")), seen
+
+
+@with_triton
+@pytest.mark.parametrize("layout", ["plain", "transposed"])
+def test_the_operator_is_one(ask, layout):
+    """PyTorch's own checks; no second derivative, and no gradient that is lost on the way through the lse."""
+    found = ask(operators=True, n=5, m=5, h=1, r=2, d=8, layout=layout)
+    assert set(found["opcheck"].values()) == {"SUCCESS"}, found["opcheck"]
+    assert "triangle_attention: the kernel 'triton' has no second derivative" in found["twice"]
+    assert found["lse_differentiable"] is False
+
+
+# Code for each chip ---------------------------------------------------------------------------------------------------
+
+CHIPS = {80: (8, 0), 89: (8, 9), 90: (9, 0), 100: (10, 0)}
+TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+#: Bytes of stack that ptxas may use where registers run out; 24 is the most that was seen with triton 3.7.1 (`queries`,
+#: sm_90, heads of 128, where it also writes the bias's gradient).
+STACK = 64
+
+
+def _cases() -> Iterator[Any]:
+    for arch in CHIPS:
+        for dtype, d, kernel in ((t, d, k) for t in TYPES for d in (16, 32, 64, 128) for k in tiles.KERNELS):
+            quick = (dtype, d) == ("bf16", 32)
+            marks = [] if quick else [pytest.mark.slow]
+            yield pytest.param(arch, dtype, d, kernel, id=f"sm_{arch}-{dtype}-{d}-{kernel}", marks=marks)
+
+
+def compiled(target: Any, capability: tuple[int, int] | None, kernel: str, dtype: str, d: int) -> Any:
+    """A kernel's code with the tile that `capability` takes, the bias in float32 (the larger case)."""
+    from triton.compiler import ASTSource
+
+    from foldkernels.kernels import _biased_attention_backward_triton  # noqa: F401 - adds its kernels
+    from foldkernels.kernels._biased_attention_triton import KERNELS
+
+    function, tile = KERNELS[kernel], tiles.tile_for(capability, kernel, TYPES[dtype], d)
+    constants = {"D": d, "WIDTH": tiles.width(d), "I": tile.queries, "J": tile.keys, "MASKED": True}
+    constants |= {"PRECISION": "ieee", "INTERPRETED": False} | ({"WITH_BIAS": True} if kernel == "queries" else {})
+    data = dict.fromkeys(("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v"), f"*{dtype}")
+    wide = dict.fromkeys(("bias", "reach", "lse", "delta", "d_bias"), "*fp32")
+    sizes = dict.fromkeys(("heads", "rows", "queries", "keys", "items", "some_rows"), "i32")
+    types = {**data, **wide, **sizes, "scale": "fp32", **dict.fromkeys(constants, "constexpr")}
+    names = function.arg_names
+    # Pointers, strides and the padded number of keys are multiples of 16; sizes are anything.
+    whole = [i for i, name in enumerate(names) if name not in sizes and name not in constants and name != "scale"]
+    source = ASTSource(
+        function,
+        {name: types.get(name, "i32") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in whole},
+    )
+    return triton.compile(source, target=target, options={"num_warps": tile.warps, "num_stages": tile.stages})
+
+
+@with_triton
+@pytest.mark.parametrize(("arch", "dtype", "d", "kernel"), [*_cases()])
+def test_it_compiles_and_fits(arch, dtype, d, kernel, tmp_path):
+    """Within the chip's shared memory, without spilling; 16 bits on the tensor cores, float32 never rounded to tf32."""
+    from triton.backends.compiler import GPUTarget
+
+    code = compiled(GPUTarget("cuda", arch, 32), CHIPS[arch], kernel, dtype, d)
+    assert code.metadata.shared <= tiles.shared_memory(CHIPS[arch])
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(code.asm["cubin"])
+    tool = PTXAS.with_name("cuobjdump")
+    used = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", used)
+    assert found is not None, used
+    registers, stack = map(int, found.groups())
+    print(f"sm_{arch} {dtype} {d} {kernel}: shared {code.metadata.shared}, registers {registers}, stack {stack}")
+    assert stack <= STACK
+    products = re.findall(r"mma\.(?:m16n8|sync)|wgmma\.mma_async|tcgen05\.mma", code.asm["ptx"])
+    assert bool(products) == (dtype == "bf16"), "the products are not where they should be"
+    assert "tf32" not in code.asm["ptx"]
+
+
+@with_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", tiles.KERNELS)
+def test_amd_gets_matrix_instructions(kernel):
+    from triton.backends.compiler import GPUTarget
+
+    if "amd" not in os.listdir(PTXAS.parents[2]):
+        pytest.skip("this triton has no code for AMD")
+    for dtype, d in (("bf16", 32), ("bf16", 64), ("fp32", 32)):
+        code = compiled(GPUTarget("hip", "gfx942", 64), None, kernel, dtype, d)
+        assert code.metadata.shared <= tiles.AMD_SHARED_MEMORY
+        assert "v_mfma" in code.asm["amdgcn"]
+        assert re.search(r"\.vgpr_spill_count:\s*0\b", code.asm["amdgcn"])
+
+
+# Whom it serves -------------------------------------------------------------------------------------------------------
+
+
+def _why(operation: str = "triangle_attention", **more: Any) -> str:
+    fields = {"device": "cuda", "capability": (9, 0), "dtype": torch.bfloat16, "d": 32, **more}
+    dims = registry.Dims({"m": 0, "h": 4, "d": fields.pop("d")})
+    request = registry.Request(operation=operation, dims=dims, **fields)
+    return "; ".join(map(str, registry.kernels(operation)["triton"].supports(request)))
+
+
+@pytest.mark.parametrize("operation", ["triangle_attention", "attention_pair_bias"])
+def test_what_it_refuses(operation):
+    assert not _why(operation)
+    assert not _why(operation, capability=(8, 0), dtype=torch.float32, d=24, grad=True, deterministic=True)
+    assert not _why(operation, capability=None), "AMD"
+    assert "7.5" in _why(operation, capability=(7, 5))
+    assert "float64" in _why(operation, dtype=torch.float64)
+    assert "128 is the limit" in _why(operation, d=129)
+    assert "not on mps" in _why(operation, device="mps", capability=None)
+    assert "not on cpu" in _why(operation, device="cpu", capability=None, dtype=torch.float64)
+
+
+def test_every_chip_has_its_memory_and_tiles():
+    memory = [tiles.shared_memory(chip) for chip in ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 3), (12, 1))]
+    assert memory == [0, 166_912, 101_376, 101_376, 232_448, 232_448, 101_376]
+    for table in tiles.TILES.values():
+        for of_width in table.values():
+            assert all(len(found) == len(tiles.KERNELS) for found in of_width.values())
