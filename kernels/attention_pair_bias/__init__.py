@@ -8,7 +8,7 @@ import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..pair_bias import PairProjection, pair_bias
+from ..pair_projection import PairProjection, pair_bias
 from ..registry import floating_type, function_for, register_operation
 from ..requests import Operation
 from ..tensors import any_requires_grad

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..cuequivariance import ATTENTION_THRESHOLDS, NEEDS, against_attention
 from ..machine import imported
-from ..pair_bias import PairProjection, project
+from ..pair_projection import PairProjection, project
 from ..registry import register
 from ..requests import KernelFunction, Reason, Request
 from ..triangle_attention.cuequivariance import attend

@@ -3,7 +3,7 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..pair_bias import PairProjection, project
+from ..pair_projection import PairProjection, project
 from ..registry import register
 from ..requests import KernelFunction, serves_everything
 from ._streamed import attention_pair_bias_streamed

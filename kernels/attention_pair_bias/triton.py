@@ -4,7 +4,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .._biased_attention_tiles import reasons_against
-from ..pair_bias import PairProjection, project
+from ..pair_projection import PairProjection, project
 from ..registry import register
 from ..requests import KernelFunction
 
