@@ -22,6 +22,8 @@ from foldkernels.kernels.edge_transition import edge_transition
 from foldkernels.kernels.edge_transition_attention import edge_transition_attention
 from foldkernels.kernels.invariant_point_attention import invariant_point_attention
 
+from . import triangle_cases
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 DEVICES = (
     "cpu",
@@ -362,6 +364,13 @@ BUILDERS: dict[str, Callable[..., Case]] = {
     "edge_transition_attention": _edge_transition_attention,
     "invariant_point_attention": _ipa,
 }
+
+
+def _told(described: Callable[..., dict[str, Any]]) -> Callable[..., Case]:
+    return lambda n, b, masked, size, seed: Case(**described(n, b, masked, size, seed))
+
+
+BUILDERS.update({operation: _told(described) for operation, described in triangle_cases.BUILDERS.items()})
 #: What each operation calls its dropout.
 DROPOUTS = {"attention": "dropout", "invariant_point_attention": "logit_dropout"}
 
