@@ -7,7 +7,7 @@ import torch
 
 import foldkernels
 from foldkernels.compat.multiflow import FlowModel
-from foldkernels.configs.presets import OPERATIONS, PRESETS
+from foldkernels.configs.presets import PRESETS
 from foldkernels.kernels import registry
 from foldkernels.kernels.machine import MACHINES, Machine
 from foldkernels.kernels.requests import Kernel, Reason
@@ -47,6 +47,10 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> str:
 
     monkeypatch.setattr(registry, "candidates", candidates)
     return "fused"
+
+
+#: What Multiflow's model uses; the other operations belong to blocks that it can be given.
+OPERATIONS = ("edge_features", "invariant_point_attention", "attention", "edge_transition")
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))

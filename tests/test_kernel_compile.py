@@ -191,7 +191,7 @@ def test_operation(operation, kernel, grad):
         call = torch.compile(lambda x, call: call(x, config), fullgraph=True, backend=counter)
         # One builder's function: another closure would be another graph.
         function = build(operation, _odd(9), "masked").call
-        for n in (9, 15, 33, 21, 27):
+        for n in (9, 39, 33, 21, 27):  # not 15: attention_pair_bias then has other keys, which is another graph
             assert n == _odd(n)
             case = build(operation, n, "masked")
             x, y = _inputs(case, grad), _inputs(case, grad)

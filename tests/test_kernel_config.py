@@ -259,7 +259,7 @@ def test_our_own_section_is_closed() -> None:
     """`foldkernels:` takes our options, frozen, and nothing else."""
     assert FoldkernelsConfig().activation_checkpointing is False
     assert FoldkernelsConfig.model_validate({"activation_checkpointing": True}).activation_checkpointing is True
-    with pytest.raises(ValidationError, match="Extra inputs"):
+    with pytest.raises(ValidationError, match="no key"):
         FoldkernelsConfig.model_validate({"activation_checkpoint": True})
     with pytest.raises(ValidationError, match="frozen"):
         FoldkernelsConfig().activation_checkpointing = True  # type: ignore[misc]

@@ -102,8 +102,10 @@ def test_without_gradients(operation, kernel, device):
 def test_what_masked_residues_hold_is_not_seen(operation, kernel, dtype, device):
     """Other numbers, much larger, where residues are masked: the same outputs and gradients."""
     case, _ = case_for(operation, kernel, 17, "masked", dtype, device)
+    if not case.hidden:
+        assert operation in ("triangle_attention_update", "triangle_multiplication")
+        pytest.skip(f"{operation}: a masked pair is no key, but gets an update from what it holds")
     overwrite = {name: _overwrite(case, name, places) for name, places in case.hidden.items()}
-    assert overwrite
     before, after = (run(case, kernel, dtype, device=device, overwrite=x) for x in (None, overwrite))
     for out, same in zip(after.outputs, before.outputs, strict=True):
         torch.testing.assert_close(out, same, rtol=1e-5, atol=1e-5)
@@ -277,7 +279,10 @@ def test_the_rule_sees_what_it_is_there_for():
                 outputs = tuple(spoil(out) if i == which else out for i, out in enumerate(plain.outputs))
                 with pytest.raises(AssertionError, match="output"):
                     assert_all_as_good(type(plain)(outputs, plain.gradients, []), plain, truth, dtype)
+            largest = max(float(gradient.abs().max()) for gradient in truth.gradients.values())
             for name in plain.gradients:
+                if float(truth.gradients[name].abs().max()) < 1e-9 * largest:
+                    continue  # what a softmax removes has no gradient to spoil
                 spoilt = {**plain.gradients, name: spoil(plain.gradients[name])}
                 with pytest.raises(AssertionError, match=f"gradient of {name}"):
                     assert_all_as_good(type(plain)(plain.outputs, spoilt, []), plain, truth, dtype)
