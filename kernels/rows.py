@@ -76,7 +76,9 @@ def layer_norm_rows_backward(
     """The gradient of `x`; those of the weight and the bias are added to `d_weight` and `d_bias`."""
     if mask is not None:
         d_out = d_out.masked_fill(no_pair(mask, rows), 0.0)
-    d_out = d_out.reshape(x.shape).to(x.dtype)
+    # In float32 at least: in bfloat16, PyTorch adds up the weight's and the bias's gradients in bfloat16, too.
+    given, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    d_out, x, weight, bias = d_out.reshape(x.shape).to(wide), x.to(wide), weight.to(wide), bias.to(wide)
     shape = x.shape[-1:]
     _, mean, inverse_std = torch.native_layer_norm(x, shape, weight, bias, eps)
     d_x: Tensor
@@ -85,7 +87,7 @@ def layer_norm_rows_backward(
     )
     d_weight.add_(of_weight)
     d_bias.add_(of_bias)
-    return d_x
+    return d_x.to(given)
 
 
 def zeros_like_wide(part: Tensor) -> Tensor:
