@@ -39,6 +39,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> str:
         "attention", "fused", supports, lambda: print, needs=("triton",), backward=False, thresholds=(100,)
     )
     monkeypatch.setitem(registry._kernels, "attention", {**registry.kernels("attention"), "fused": kernel})
+    monkeypatch.setattr(registry, "_thresholds", {})
     normal = registry.candidates
 
     def candidates(preset, operation, device):
