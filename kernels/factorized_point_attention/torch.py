@@ -32,8 +32,11 @@ def run(
         q, k, v, q_points, k_points, v_points, point_weights, bias_factors, pair_factors, mask, precise, inner
     )
     width = max(lifted.q.shape[-1], lifted.v.shape[-1])
-    padded = (F.pad(x, (0, width - x.shape[-1])).transpose(1, 2) for x in lifted[:3])
-    out = F.scaled_dot_product_attention(*padded, scale=1.0).transpose(1, 2)[..., : lifted.v.shape[-1]]
+    wide_q, wide_k, wide_v = (
+        F.pad(x, (0, width - x.shape[-1])).transpose(1, 2) for x in (lifted.q, lifted.k, lifted.v)
+    )
+    out = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, scale=1.0).transpose(1, 2)
+    out = out[..., : lifted.v.shape[-1]]
     return split_values(out, lifted.centre, v, v_points, pair_factors, mask)
 
 
