@@ -76,15 +76,13 @@ def lift(
     gone = None if mask is None else ~mask[:, :, None, None]
     c, p = q.shape[-1], q_points.shape[-2]
     q, k, v = (_there(x.to(wide), gone) for x in (q, k, v))
-    q_points, k_points, v_points = (_there(x.to(wide).flatten(-2), gone) for x in (q_points, k_points, v_points))
+    centre = centroid(k_points, mask).to(wide) if precise else None
     k = k * sqrt(1 / (3 * c))
     weight = sqrt(2 / (27 * p)) * point_weights.to(wide)[:, None]
-    centre = None
-    if precise:
-        centre = _centroid(k_points, mask)
-        q_points, k_points, v_points = (
-            _there((x.unflatten(-1, (-1, 3)) - centre).flatten(-2), gone) for x in (q_points, k_points, v_points)
-        )
+    q_points, k_points, v_points = (
+        _there((x.to(wide) if centre is None else x.to(wide) - centre).flatten(-2), gone)
+        for x in (q_points, k_points, v_points)
+    )
     if not precise:
         of_q, of_k = _plain(q_points, k_points, weight, gone, inner)
     elif inner.itemsize == 2:
@@ -147,13 +145,13 @@ def _out_of_reach(norm: Tensor, gone: Bool[Tensor, "b n 1 1"] | None, inner: tor
     return norm if gone is None else norm.masked_fill(gone, NEVER_FLOAT16 if inner is torch.float16 else NEVER)
 
 
-def _centroid(k_points: Float[Tensor, "b n h p3"], mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b 1 1 1 3"]:
+def centroid(k_points: Float[Tensor, "b n h p 3"], mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b 1 1 1 3"]:
     """Of all key points of the residues that are there. It moves nothing, so it needs no gradient."""
-    points = k_points.detach().unflatten(-1, (-1, 3))
+    points = k_points.detach()
     if mask is None:
         return points.mean((1, 2, 3), keepdim=True)
-    count = mask.sum(1).clamp(min=1).to(points.dtype)[:, None, None, None, None]
-    return points.mean((2, 3), keepdim=True).sum(1, keepdim=True) / count
+    points = points.mean((2, 3), keepdim=True).masked_fill(~mask[:, :, None, None, None], 0.0)
+    return points.sum(1, keepdim=True) / mask.sum(1).clamp(min=1).to(points.dtype)[:, None, None, None, None]
 
 
 def split_values(
@@ -179,5 +177,14 @@ def split_values(
     pair = None
     if pair_factors is not None:
         z1 = pair_factors[0] if gone is None else pair_factors[0].masked_fill(gone, 0.0)
-        pair = torch.einsum("bnhrz,bnrz->bnhz", rest.to(z1.dtype).unflatten(-1, (z1.shape[-2], -1)), z1)
+        pair = times_query_factor(rest, z1)
     return scalars.to(v.dtype), points.clone() if centre is None else points, pair
+
+
+def times_query_factor(
+    attended: Float[Tensor, "b n h rcp"], z1: Float[Tensor, "b n r cp"]
+) -> Float[Tensor, "b n h cp"]:
+    """The pair values, from what was attended of the keys' factors; in the type of z1."""
+    dtype = widest(attended, z1)
+    parts = attended.to(dtype).unflatten(-1, (z1.shape[-2], -1))
+    return torch.einsum("bnhrz,bnrz->bnhz", parts, z1.to(dtype)).to(z1.dtype)
