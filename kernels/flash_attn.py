@@ -94,11 +94,11 @@ class Packing:
         ends = torch.cumsum(mask.sum(1), 0)
         return cls(places, order, torch.nn.functional.pad(ends, (1, 0)).to(torch.int32), mask.shape[1])
 
-    def pack(self, x: Shaped[Tensor, "b n *c"]) -> Shaped[Tensor, "t *c"]:
+    def pack(self, x: Shaped[Tensor, "b n ..."]) -> Shaped[Tensor, "t ..."]:
         """The tokens in the order of the packing."""
         return x.flatten(0, 1).index_select(0, self.order)
 
-    def unpack(self, x: Shaped[Tensor, "t *c"], batch: int) -> Shaped[Tensor, "b n *c"]:
+    def unpack(self, x: Shaped[Tensor, "t ..."], batch: int) -> Shaped[Tensor, "b n ..."]:
         """The padded batch again; what stands where nothing takes part is undefined."""
         return x.index_select(0, self.places).unflatten(0, (batch, -1))
 
@@ -133,13 +133,15 @@ def attend(
         q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
     if mask is None:
         starts = torch.arange(0, (b + 1) * n, n, dtype=torch.int32, device=q.device)
-        return varlen(library, *(x.flatten(0, 1) for x in (q, k, v)), starts, n, scale).unflatten(0, (b, n)).to(given)
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        return varlen(library, q, k, v, starts, n, scale).unflatten(0, (b, n)).to(given)
     packing = packing or Packing.of(mask)
     gone = ~mask[:, :, None, None]
     if any_requires_grad(q, k, v):
         # Behind the last sequence the gradients are memory that nobody wrote: here they end.
         q, k, v = (x.masked_fill(gone, 0.0) for x in (q, k, v))
-    out = varlen(library, *(packing.pack(x) for x in (q, k, v)), packing.starts, packing.longest, scale)
+    q, k, v = (packing.pack(x) for x in (q, k, v))
+    out = varlen(library, q, k, v, packing.starts, packing.longest, scale)
     return packing.unpack(out, b).masked_fill(gone, 0.0).to(given)
 
 

@@ -1,5 +1,6 @@
 """What flash-attn 2.8 documents of attention over sequences of different lengths, in plain PyTorch."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def flash_attn_varlen_func(
     assert not return_attn_probs and block_table is None
     starts = cu_seqlens_q.tolist()
     assert starts[0] == 0 and starts[-1] <= total
-    lengths = [stop - start for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+    lengths = [stop - start for start, stop in pairwise(starts)]
     assert all(0 <= length <= max_seqlen_q == max_seqlen_k for length in lengths), (lengths, max_seqlen_q)
     out: Tensor = _Varlen.apply(q, k, v, starts, d**-0.5 if softmax_scale is None else softmax_scale)
     return out
@@ -62,7 +63,7 @@ class _Varlen(torch.autograd.Function):
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, starts: list[int], scale: float) -> Tensor:
     parts = []
-    for start, stop in zip(starts[:-1], starts[1:], strict=True):
+    for start, stop in pairwise(starts):
         weights = (torch.einsum("ihd,jhd->hij", q[start:stop], k[start:stop]) * scale).softmax(-1)
         parts.append(torch.einsum("hij,jhd->ihd", weights, v[start:stop]))
     return torch.cat([*parts, torch.full_like(q[starts[-1] :], torch.nan)])
