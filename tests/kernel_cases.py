@@ -206,8 +206,8 @@ def _factorized(n: int, b: int, masked: bool, size: int, seed: int, away: float 
         first = "q k v q_points k_points v_points point_weights".split()
         out = factorized_point_attention(
             *(x[name] for name in first),
-            (x["b1"], x["b2"]) if with_bias else None,
-            (x["z1"], x["z2"]) if with_pair else None,
+            (x["b1"], x["b2"]) if x["b1"] is not None else None,
+            (x["z1"], x["z2"]) if x["z1"] is not None else None,
             x["mask"],
             config=config,
         )
