@@ -21,8 +21,6 @@ import triton.language as tl
 
 from ._biased_attention_triton import (
     KERNELS,
-    LOG2E,
-    dot,
     load_bias,
     load_columns,
     load_reach,
@@ -30,6 +28,7 @@ from ._biased_attention_triton import (
     split,
     store_rows,
 )
+from ._triton_common import LOG2E, dot
 
 
 @triton.jit
