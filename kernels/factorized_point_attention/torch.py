@@ -1,7 +1,11 @@
 """Factorised point attention in PyTorch's own operators, in memory that is linear in length.
 
-On CUDA scaled_dot_product_attention takes lifted queries, keys and values. Elsewhere blocks of query rows are streamed,
-with a value's own width: on a CPU, PyTorch's fused attention wants values as wide as keys, or else holds all pairs.
+On CUDA scaled_dot_product_attention takes lifted queries, keys and values. In 16 bits it gives the attended points in
+16 bits, too, counted from the centroid: to 1 part in 512.
+
+Elsewhere blocks of query rows are streamed, in the points' type, whatever the rest may be rounded to: 16-bit products
+gain nothing on most processors, and points would lose. Values have a width of their own: on a CPU, PyTorch's fused
+attention wants them as wide as keys, or else holds all pairs. It serves only where FlashIPA's rounding is asked for.
 """
 
 from math import sqrt
@@ -11,7 +15,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import machine
 from ..registry import register
 from ..requests import KernelFunction, serves_everything
 from ._lifting import centroid, lift, split_values, times_query_factor
@@ -38,7 +41,8 @@ def run(
     inner: pytorch.dtype,
 ) -> tuple[Float[Tensor, "b n h c"], Float[Tensor, "b n h pv 3"], Float[Tensor, "b n h cp"] | None]:
     """Lift, attend, and take the values apart again."""
-    if not _through_sdpa(q.device.type, precise, inner):
+    narrow = inner.itemsize == 2
+    if not (narrow and not precise) and (q.device.type != "cuda" or inner is pytorch.float64):
         return _streamed(
             q, k, v, q_points, k_points, v_points, point_weights, bias_factors, pair_factors, mask, precise
         )
@@ -47,17 +51,6 @@ def run(
     )
     out = _attend(lifted.q.transpose(1, 2), lifted.k.transpose(1, 2), lifted.v.transpose(1, 2)).transpose(1, 2)
     return split_values(out, lifted.centre, v, v_points, pair_factors, mask)
-
-
-def _through_sdpa(device: str, precise: bool, inner: pytorch.dtype) -> bool:
-    """Where PyTorch has a fused attention that serves, or where the rounding to 16 bits is asked for.
-
-    Else a 16-bit type only allows rounding, and there is nothing to be had from it where products in it are slow.
-    """
-    narrow = inner.itemsize == 2
-    if device == "cuda":
-        return inner is not pytorch.float64
-    return narrow and (not precise or (device == "cpu" and machine.fast_bfloat16()))
 
 
 def _attend(
