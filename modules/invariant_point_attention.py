@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -109,72 +109,115 @@ class InvariantPointAttention(KernelModule):
         Raises:
             ValueError: A mask or the pair representation does not fit `s`.
         """
-        check_shapes(s, z, mask, attention_mask)
-        lead, n = s.shape[:-2], s.shape[-2]
-        frames = Rigid.of(r)
-        frames = Rigid(frames.get_rot_mats().reshape(-1, n, 3, 3), frames.get_trans().reshape(-1, n, 3))
-        s, z, mask = s.reshape(-1, n, self.c_s), z.reshape(-1, n, n, self.c_z), mask.reshape(-1, n)
-        pair_mask = None if attention_mask is None else boolean(attention_mask.reshape(-1, n, n))
-        q, k, v, q_points, k_points, v_points = self.project(s, frames)
-        out, out_points, out_pair = invariant_point_attention(
-            q,
-            k,
-            v,
-            q_points,
-            k_points,
-            v_points,
-            F.softplus(self.head_weights),
-            z,
-            self.linear_b.weight,
-            boolean(mask),
-            pair_mask,
-            logit_bias=self.linear_b.bias,
-            logit_dropout=self.dropout_prob if self.training else 0.0,
-            config=self.kernel_config,
-        )
-        return self.combine(out, out_points, out_pair, frames).view(*lead, n, self.c_s)
+        pair_mask = None if attention_mask is None else boolean(attention_mask)
+        return attend(self, s, z, Rigid.of(r), boolean(mask), pair_mask, dropout=self.dropout_prob)
 
     def project(self, s: Float[Tensor, "b n c_s"], frames: Rigid) -> tuple[Tensor, ...]:
         """Queries, keys and values [b, n, h, c], and their points [b, n, h, p, 3] in the global frame."""
-        b, n, _ = s.shape
-        heads = self.no_heads
-        q = self.linear_q(s).view(b, n, heads, self.c_hidden)
-        k, v = self.linear_kv(s).view(b, n, heads, 2 * self.c_hidden).split(self.c_hidden, dim=-1)
-        q_points = self._place(self.linear_q_points(s), frames)
-        k_points, v_points = self._place(self.linear_kv_points(s), frames).split(
-            [self.no_qk_points, self.no_v_points], dim=3
-        )
-        return q, k, v, q_points, k_points, v_points
+        return project(self, s, frames)
 
     def combine(self, out: Tensor, out_points: Tensor, out_pair: Tensor, frames: Rigid) -> Float[Tensor, "b n c_s"]:
         """Points back into each residue's frame, the pair values through `down_z`, all through the last layer."""
-        with without_autocast(out):
-            local = frames.invert_apply(out_points)
-            x, y, z = local.unbind(-1)
-            norms = (x * x + y * y + z * z + self.eps).sqrt()
-        if self.down_z is not None:
-            # The weights sum to one, so the mean of the projections is the projection of the mean.
-            out_pair = self.down_z(out_pair)
-        dtype = out.dtype
-        features = torch.cat(
-            [
-                out.flatten(2),
-                *(axis.flatten(2).to(dtype) for axis in (x, y, z)),
-                norms.flatten(2).to(dtype),
-                out_pair.flatten(2).to(dtype),
-            ],
-            dim=-1,
-        )
-        update: Tensor = self.linear_out(features)
-        # The softmax removes this bias, so its gradient is zero: zero, not absent, or DDP would wait for it.
-        return update + 0.0 * self.linear_b.bias.sum() if torch.is_grad_enabled() else update
+        return combine(self, out, out_points, out_pair, frames)
 
-    def _place(self, flat: Float[Tensor, "b n xyz_points"], frames: Rigid) -> Float[Tensor, "b n h points 3"]:
-        b, n, _ = flat.shape
-        with without_autocast(flat):
-            # xyz is the outermost axis of the layer's output; frames are never held in 16 bits.
-            local = flat.view(b, n, 3, self.no_heads, -1).permute(0, 1, 3, 4, 2).to(frames.trans.dtype)
-            return frames.apply(local)
+
+# The forward's parts, for a layer of this class, or of another project's class with the same parameters ----------------
+
+
+def attend(
+    layer: Any,
+    s: Float[Tensor, "*b n c_s"],
+    z: Float[Tensor, "*b n n c_z"],
+    frames: Rigid,
+    mask: Bool[Tensor, "*b n"],
+    pair_mask: Bool[Tensor, "*b n n"] | None = None,
+    *,
+    dropout: float = 0.0,
+) -> Float[Tensor, "*b n c_s"]:
+    """The whole forward of a layer that has the parameters and the sizes of `InvariantPointAttention`.
+
+    Args:
+        layer: The layer, with its `kernel_config`.
+        s: Single representation.
+        z: Pair representation.
+        frames: One frame a residue.
+        mask: True for residues that take part.
+        pair_mask: True where a query, second to last axis, may attend to a key, last axis.
+        dropout: Probability of dropping a logit, if the layer is training.
+
+    Raises:
+        ValueError: A mask or the pair representation does not fit `s`.
+    """
+    check_shapes(s, z, mask, pair_mask)
+    lead, n = s.shape[:-2], s.shape[-2]
+    frames = Rigid(frames.get_rot_mats().reshape(-1, n, 3, 3), frames.get_trans().reshape(-1, n, 3))
+    s, z, mask = s.reshape(-1, n, s.shape[-1]), z.reshape(-1, n, n, z.shape[-1]), mask.reshape(-1, n)
+    q, k, v, q_points, k_points, v_points = project(layer, s, frames)
+    out, out_points, out_pair = invariant_point_attention(
+        q,
+        k,
+        v,
+        q_points,
+        k_points,
+        v_points,
+        F.softplus(layer.head_weights),
+        z,
+        layer.linear_b.weight,
+        mask,
+        None if pair_mask is None else pair_mask.reshape(-1, n, n),
+        logit_bias=layer.linear_b.bias,
+        logit_dropout=dropout if layer.training else 0.0,
+        config=layer.kernel_config,
+    )
+    return combine(layer, out, out_points, out_pair, frames).view(*lead, n, -1)
+
+
+def project(layer: Any, s: Float[Tensor, "b n c_s"], frames: Rigid) -> tuple[Tensor, ...]:
+    """Queries, keys and values [b, n, h, c], and their points [b, n, h, p, 3] in the global frame."""
+    b, n, _ = s.shape
+    heads = layer.no_heads
+    q = layer.linear_q(s).view(b, n, heads, layer.c_hidden)
+    k, v = layer.linear_kv(s).view(b, n, heads, 2 * layer.c_hidden).split(layer.c_hidden, dim=-1)
+    q_points = place_points(layer.linear_q_points(s), heads, frames)
+    k_points, v_points = place_points(layer.linear_kv_points(s), heads, frames).split(
+        [layer.no_qk_points, layer.no_v_points], dim=3
+    )
+    return q, k, v, q_points, k_points, v_points
+
+
+def place_points(flat: Float[Tensor, "b n xyz_points"], heads: int, frames: Rigid) -> Float[Tensor, "b n h points 3"]:
+    """Local points as a linear layer gives them, all x first, then y, then z, in the global frame."""
+    b, n, _ = flat.shape
+    with without_autocast(flat):
+        # Frames are never held in 16 bits.
+        local = flat.view(b, n, 3, heads, -1).permute(0, 1, 3, 4, 2).to(frames.trans.dtype)
+        return frames.apply(local)
+
+
+def combine(
+    layer: Any, out: Tensor, out_points: Tensor, out_pair: Tensor, frames: Rigid
+) -> Float[Tensor, "b n c_s"]:
+    """Points back into each residue's frame, the pair values through `down_z`, all through the last layer."""
+    with without_autocast(out):
+        local = frames.invert_apply(out_points)
+        x, y, z = local.unbind(-1)
+        norms = (x * x + y * y + z * z + layer.eps).sqrt()
+    if layer.down_z is not None:
+        # The weights sum to one, so the mean of the projections is the projection of the mean.
+        out_pair = layer.down_z(out_pair)
+    dtype = out.dtype
+    features = torch.cat(
+        [
+            out.flatten(2),
+            *(axis.flatten(2).to(dtype) for axis in (x, y, z)),
+            norms.flatten(2).to(dtype),
+            out_pair.flatten(2).to(dtype),
+        ],
+        dim=-1,
+    )
+    update: Tensor = layer.linear_out(features)
+    # The softmax removes this bias, so its gradient is zero: zero, not absent, or DDP would wait for it.
+    return update + 0.0 * layer.linear_b.bias.sum() if torch.is_grad_enabled() else update
 
 
 def _size(name: str, given: int | None, config: Any) -> int:
