@@ -15,6 +15,7 @@ Lists = Mapping[str, Mapping[Device, Candidates]]
 OPERATIONS: tuple[str, ...] = (
     "edge_features",
     "invariant_point_attention",
+    "factorized_point_attention",
     "attention",
     "edge_transition",
     "triangle_attention",

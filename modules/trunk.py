@@ -57,9 +57,7 @@ class Trunk(nn.ModuleDict):
             if backbone_update:
                 self[f"bb_update_{b}"] = BackboneUpdate(c)
             if b < self.num_blocks - 1 or final_edge_update:  # else the last block's pairs would have no reader
-                self[f"edge_transition_{b}"] = EdgeTransition(
-                    node_embed_size=c, edge_embed_in=c_z, edge_embed_out=c_z
-                )
+                self[f"edge_transition_{b}"] = EdgeTransition(node_embed_size=c, edge_embed_in=c_z, edge_embed_out=c_z)
 
     def forward(
         self,

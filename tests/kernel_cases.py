@@ -20,6 +20,7 @@ from foldkernels.kernels.attention import attention
 from foldkernels.kernels.edge_features import edge_features
 from foldkernels.kernels.edge_transition import edge_transition
 from foldkernels.kernels.edge_transition_attention import edge_transition_attention
+from foldkernels.kernels.factorized_point_attention import factorized_point_attention
 from foldkernels.kernels.invariant_point_attention import invariant_point_attention
 
 from . import triangle_cases
@@ -176,6 +177,58 @@ def _ipa(n: int, b: int, masked: bool, size: int, seed: int, dropout: float = 0.
         gone_values={**dict.fromkeys(queries, empty), **dict.fromkeys(keys, unseen), "z": nothing},
         gone_outputs=(empty, empty, empty),
         hidden={**dict.fromkeys((*queries, *keys), ~mask), "z": ~_both(mask)},
+    )
+
+
+def _factorized(n: int, b: int, masked: bool, size: int, seed: int, away: float = 0.0) -> Case:
+    h, c, p, pv, rank, cp = ((3, 4, 2, 5, 2, 3), (4, 16, 4, 8, 2, 8))[size]
+    r = Random(seed)
+    mask = r.mask(b, n) if masked else None
+    # Some calls have no factors, some have one of the two.
+    with_bias, with_pair = n % 5 != 1 or n < 2, n % 3 != 0
+    values: dict[str, Tensor | None] = {
+        "q": r.normal(b, n, h, c),
+        "k": r.normal(b, n, h, c),
+        "v": r.normal(b, n, h, c),
+        "q_points": r.normal(b, n, h, p, 3, scale=1.5) + away,
+        "k_points": r.normal(b, n, h, p, 3, scale=1.5) + away,
+        "v_points": r.normal(b, n, h, pv, 3, scale=1.5) + away,
+        "point_weights": r.normal(h).abs() + 0.3,
+        "b1": r.normal(b, n, h, rank) if with_bias else None,
+        "b2": r.normal(b, n, h, rank) if with_bias else None,
+        "z1": r.normal(b, n, rank, cp) if with_pair else None,
+        "z2": r.normal(b, n, rank, cp) if with_pair else None,
+        "mask": mask,
+    }
+
+    def call(x: Mapping[str, Any], config: str) -> tuple[Tensor, ...]:
+        first = "q k v q_points k_points v_points point_weights".split()
+        out = factorized_point_attention(
+            *(x[name] for name in first),
+            (x["b1"], x["b2"]) if with_bias else None,
+            (x["z1"], x["z2"]) if with_pair else None,
+            x["mask"],
+            config=config,
+        )
+        return tuple(x for x in out if x is not None)
+
+    gone = None if mask is None else ~mask
+    places = (
+        {}
+        if gone is None
+        else {name: gone for name in values if name not in ("mask", "point_weights") and values[name] is not None}
+    )
+    return Case(
+        "factorized_point_attention",
+        call,
+        values,
+        {"n": n, "h": h, "c": c, "p": p, "pv": pv, "r": rank * (with_bias or with_pair), "cp": cp * with_pair},
+        points=frozenset({"q_points", "k_points", "v_points", "point_weights"}),
+        batched=frozenset(values) - {"point_weights"},
+        options=frozenset([*(["bias_factors"] if with_bias else []), *(["pair_factors"] if with_pair else [])]),
+        gone_values=places,
+        gone_outputs=(gone, gone, gone)[: 2 + with_pair],
+        hidden=places,
     )
 
 
@@ -362,6 +415,7 @@ BUILDERS: dict[str, Callable[..., Case]] = {
     "edge_features": _edge_features,
     "edge_transition": _edge_transition,
     "edge_transition_attention": _edge_transition_attention,
+    "factorized_point_attention": _factorized,
     "invariant_point_attention": _ipa,
 }
 
