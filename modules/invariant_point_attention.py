@@ -121,7 +121,7 @@ class InvariantPointAttention(KernelModule):
         return combine(self, out, out_points, out_pair, frames)
 
 
-# The forward's parts, for a layer of this class, or of another project's class with the same parameters ----------------
+# The forward's parts, for a layer of this class, or of another project's class with the same parameters -----------
 
 
 def attend(

@@ -297,7 +297,7 @@ def test_verify_sees_through_output_layers_of_zeros() -> None:
     assert report.replaced == () and set(report.left_alone) == {"first", "second"}
     assert "it differs from its own forward: forward " in report.left_alone["first"]
     assert report.misses == ()
-    with pytest.raises(VerificationFailed, match="first .* differs from its own forward"):
+    with pytest.raises(VerificationFailed, match=r"first .* differs from its own forward"):
         foldkernels.accelerate(model, verify=True, strict=True)
     assert not any("forward" in module.__dict__ for module in model.modules())
 

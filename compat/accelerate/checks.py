@@ -92,7 +92,7 @@ def whole_numbers(module: nn.Module, *names: str) -> dict[str, int]:
 
 
 def signature(module: nn.Module) -> tuple[str, ...]:
-    """The names of the forward's parameters, without `self`; one with a default ends in `=`, `*args` begins with `*`."""
+    """The names of the forward's parameters, without `self`; `=` ends one with a default, `*` begins `*args`."""
     names = []
     for parameter in list(inspect.signature(type(module).forward).parameters.values())[1:]:
         stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**", parameter.KEYWORD_ONLY: "*, "}

@@ -1,4 +1,4 @@
-"""What an adapter is: it recognises one class of another project by its structure, and has a forward to put in its place.
+"""What an adapter is: it recognises a class of another project by its structure, and has a forward to put in its place.
 
 No project is ever imported. A class is known by its name, by the exact set of its parameters and their shapes, by its
 attributes, and by the parameters of its forward: the same name means several functions, even within one project.

@@ -17,7 +17,7 @@ SIZES = {"c_s": 24, "c_z": 16, "c_hidden": 5, "no_heads": 3, "no_qk_points": 4, 
 def attended(
     layer: Any, s: Tensor, z: Tensor, r: Any, mask: Tensor, attention_mask: Tensor | None = None, dropped: bool = False
 ) -> Tensor:
-    """Supplementary Algorithm 22 with z projected to a quarter of its channels, in the originals' order of operations."""
+    """Supplementary Algorithm 22, with z projected to a quarter of its channels."""
     heads = layer.no_heads
 
     def points(flat: Tensor) -> Tensor:
