@@ -92,12 +92,16 @@ def whole_numbers(module: nn.Module, *names: str) -> dict[str, int]:
 
 
 def signature(module: nn.Module) -> tuple[str, ...]:
-    """The names of the forward's parameters, without `self`; `=` ends one with a default, `*` begins `*args`."""
+    """The names of the forward's parameters, without `self`; `=` ends one with a default.
+
+    `*` begins `*args`, `**` keywords of any name, `*:` a parameter that must be named.
+    """
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     names = []
     for parameter in list(inspect.signature(type(module).forward).parameters.values())[1:]:
-        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**", parameter.KEYWORD_ONLY: "*, "}
+        start = "*:" if parameter.kind is parameter.KEYWORD_ONLY else stars.get(parameter.kind, "")
         end = "=" if parameter.default is not parameter.empty else ""
-        names.append(stars.get(parameter.kind, "") + parameter.name + end)
+        names.append(start + parameter.name + end)
     return tuple(names)
 
 
@@ -117,7 +121,7 @@ def require_signature(module: nn.Module, *known: str) -> str:
     return found
 
 
-def _child(module: nn.Module, name: str) -> nn.Module | None:
+def _child(module: nn.Module, name: str) -> nn.Module:
     try:
         return module.get_submodule(name)
     except AttributeError:
