@@ -96,10 +96,10 @@ def signature(module: nn.Module) -> tuple[str, ...]:
 
     `*` begins `*args`, `**` keywords of any name, `*:` a parameter that must be named.
     """
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    starts = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**", "KEYWORD_ONLY": "*:"}
     names = []
     for parameter in list(inspect.signature(type(module).forward).parameters.values())[1:]:
-        start = "*:" if parameter.kind is parameter.KEYWORD_ONLY else stars.get(parameter.kind, "")
+        start = starts.get(parameter.kind.name, "")
         end = "=" if parameter.default is not parameter.empty else ""
         names.append(start + parameter.name + end)
     return tuple(names)
