@@ -84,7 +84,8 @@ class Case:
 
 
 # Widths are odd, and no two alike; those that sums over pairs run beside are at least 13, because BLAS adds up narrower
-# products less carefully, on both sides of a comparison.
+# products less carefully, on both sides of a comparison. A third size is that of published models, for benchmarks.
+PUBLISHED = 2
 
 # Numbers --------------------------------------------------------------------------------------------------------------
 
@@ -129,7 +130,7 @@ def _both(mask: Tensor) -> Tensor:
 
 
 def _ipa(n: int, b: int, masked: bool, size: int, seed: int, dropout: float = 0.0, away: float = 0.0) -> Case:
-    h, c, p, pv, cz = ((3, 4, 2, 5, 6), (4, 16, 4, 8, 32))[size]
+    h, c, p, pv, cz = ((3, 4, 2, 5, 6), (4, 16, 4, 8, 32), (8, 16, 8, 12, 128))[size]
     r = Random(seed)
     mask = r.mask(b, n) if masked else torch.ones(b, n, dtype=torch.bool)
     pair_mask = r.yes(b, n, n, share=0.6) if masked else None
@@ -233,7 +234,7 @@ def _factorized(n: int, b: int, masked: bool, size: int, seed: int, away: float 
 
 
 def _edge_transition(n: int, b: int, masked: bool, size: int, seed: int) -> Case:
-    cn, cz, cz_out = ((5, 13, 15), (16, 32, 32))[size]
+    cn, cz, cz_out = ((5, 13, 15), (16, 32, 32), (128, 128, 128))[size]
     hidden = cz + 2 * cn
     r = Random(seed)
     mask = r.mask(b, n) if masked else None
@@ -269,7 +270,7 @@ def _edge_transition(n: int, b: int, masked: bool, size: int, seed: int) -> Case
 
 
 def _edge_features(n: int, b: int, masked: bool, size: int, seed: int) -> Case:
-    f, cz, bins = ((6, 13, 7), (16, 32, 22))[size]
+    f, cz, bins = ((6, 13, 7), (16, 32, 22), (64, 128, 22))[size]
     r = Random(seed)
     mask = r.mask(b, n) if masked else None
     # Self-conditioning starts from zeros: every distance is then 0, and in no bin.
@@ -330,7 +331,7 @@ def _edge_features(n: int, b: int, masked: bool, size: int, seed: int) -> Case:
 
 
 def _edge_transition_attention(n: int, b: int, masked: bool, size: int, seed: int) -> Case:
-    h, c, p, pv, cn, cz = ((3, 4, 2, 5, 5, 13), (4, 16, 4, 8, 16, 32))[size]
+    h, c, p, pv, cn, cz = ((3, 4, 2, 5, 5, 13), (4, 16, 4, 8, 16, 32), (8, 16, 8, 12, 128, 128))[size]
     hidden = cz + 2 * cn
     r = Random(seed)
     ipa, edge = _ipa(n, b, masked, size, seed), _edge_transition(n, b, masked, size, seed)
@@ -386,7 +387,7 @@ def _edge_transition_attention(n: int, b: int, masked: bool, size: int, seed: in
 
 
 def _attention(n: int, b: int, masked: bool, size: int, seed: int, dropout: float = 0.0) -> Case:
-    h, d = ((3, 5), (4, 16))[size]
+    h, d = ((3, 5), (4, 16), (4, 64))[size]
     r = Random(seed)
     mask = r.mask(b, n) if masked else None
     values: dict[str, Tensor | None] = {name: r.normal(b, n, h, d) for name in ("q", "k", "v")}
