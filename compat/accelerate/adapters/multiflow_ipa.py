@@ -79,16 +79,16 @@ class MultiflowIPA(Adapter):
         if "z_factor_1" in taken:
             if getattr(module, "use_flash_attn", True):
                 raise Declined("its flash path reads z as two factors, which is another function")
-            return Recognised("FlashIPA's slow path", flash_ipa_slow, uses, (_OFFLOADED, "without z it runs, too"))
+            return Recognised("FlashIPA's slow path", ipa_with_factors, uses, (_OFFLOADED, "without z it runs, too"))
         if "attention_mask=" in taken:
             dropout = getattr(module, "dropout_prob", None)
             if not isinstance(dropout, int | float):
                 raise Declined("it has no number dropout_prob")
-            return Recognised("Multiflow", multiflow_ipa, uses, (_OFFLOADED, *[_DROPPED] * (dropout > 0)))
+            return Recognised("Multiflow", ipa_with_attention_mask, uses, (_OFFLOADED, *[_DROPPED] * (dropout > 0)))
         if hasattr(module, "dropout_prob"):
             raise Declined("it has a dropout_prob, which this form of it does not read")
         form = "FoldFlow, FrameDiff" if hasattr(module, "linear_rbf") else "FrameFlow"
-        return Recognised(form, frameflow_ipa, uses, (_OFFLOADED,))
+        return Recognised(form, ipa_without_attention_mask, uses, (_OFFLOADED,))
 
     def example(self, module: nn.Module, generator: torch.Generator) -> Example:
         """See the class."""
@@ -119,7 +119,7 @@ def uses(layer: Any) -> list[Use]:
     return [Use("invariant_point_attention", dims)]
 
 
-def multiflow_ipa(
+def ipa_with_attention_mask(
     self: Any,
     s: Tensor,
     z: Tensor | None,
@@ -136,7 +136,7 @@ def multiflow_ipa(
     return _attend(self, s, z, r, mask, attention_mask)
 
 
-def frameflow_ipa(
+def ipa_without_attention_mask(
     self: Any,
     s: Tensor,
     z: Tensor | None,
@@ -152,7 +152,7 @@ def frameflow_ipa(
     return _attend(self, s, z, r, mask)
 
 
-def flash_ipa_slow(
+def ipa_with_factors(
     self: Any,
     s: Tensor,
     z: Tensor | None,
