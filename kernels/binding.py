@@ -22,11 +22,13 @@ class Use:
         operation: Its name.
         dims: The sizes that do not change from call to call.
         options: Optional features that the call may use.
+        dtype: The type in which the call computes, where it is not that of the model's parameters.
     """
 
     operation: str
     dims: Mapping[str, int]
     options: tuple[str, ...] = ()
+    dtype: torch.dtype | None = None
 
 
 @runtime_checkable
@@ -207,7 +209,7 @@ def requests_of(
                 operation=use.operation,
                 device=place.device,
                 capability=place.capability,
-                dtype=place.dtype,
+                dtype=use.dtype or place.dtype,
                 dims=Dims({operations()[use.operation].length: length, **use.dims}),
                 precision=config.precision,
                 grad=grad,

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ....kernels.binding import Use
-from ....modules.invariant_point_attention import attend
-from ....modules.masks import boolean
+from ....modules.invariant_point_attention import attend_over_pairs, pair_attention_use
 from ....modules.rigid import Rigid
 from ..checks import (
     require_exactly,
@@ -109,14 +108,7 @@ class MultiflowIPA(Adapter):
 
 def uses(layer: Any) -> list[Use]:
     """IPA, at the layer's sizes."""
-    dims = {
-        "h": layer.no_heads,
-        "c": layer.c_hidden,
-        "p": layer.no_qk_points,
-        "pv": layer.no_v_points,
-        "cz": layer.c_z,
-    }
-    return [Use("invariant_point_attention", dims)]
+    return [pair_attention_use(layer)]
 
 
 def ipa_with_attention_mask(
@@ -177,10 +169,9 @@ def _attend(
 ) -> Tensor:
     """What all forms compute. The originals broadcast a batch axis of one, so that is done here, too."""
     lead, n = s.shape[:-2], s.shape[-2]
-    pairs = None if attention_mask is None else boolean(attention_mask).expand(*lead, n, n)
-    return attend(
-        layer, s, z.expand(*lead, n, n, z.shape[-1]), _spread(Rigid.of(r), s), boolean(mask).expand(*lead, n), pairs
-    )
+    pairs = None if attention_mask is None else attention_mask.expand(*lead, n, n)
+    z, mask = z.expand(*lead, n, n, z.shape[-1]), mask.expand(*lead, n)
+    return attend_over_pairs(layer, s, z, _spread(Rigid.of(r), s), mask, pairs)
 
 
 def _spread(frames: Rigid, s: Tensor) -> Rigid:
