@@ -14,21 +14,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fnmatch
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import original_formulas
-from .measure import Comparison, Machine, Row, compare, extra_peak_memory, in_fresh_process, machine, write_rows
-
-RESULTS = Path(__file__).parent / "results"
+from . import original_formulas, side_by_side
+from .measure import compare, machine
 
 PUBLISHED: dict[str, Any] = {
     "node_embed_size": 256,
@@ -212,7 +208,7 @@ def build_original(component: str, dropout: float) -> nn.Module:
     return module
 
 
-def build_ours(component: str, dropout: float, precision: str) -> nn.Module:
+def build_ours(component: str, dropout: float, kernel: object) -> nn.Module:
     """One of foldkernels' modules, weights drawn and kernels bound."""
     import foldkernels
     from foldkernels.compat.multiflow import FlowModel
@@ -237,7 +233,7 @@ def build_ours(component: str, dropout: float, precision: str) -> nn.Module:
     else:
         module = FlowModel(config)
     draw_weights(module)
-    foldkernels.bind(module, {"preset": "auto", "precision": precision})
+    foldkernels.bind(module, kernel)
     return module
 
 
@@ -274,12 +270,15 @@ def _frames(module: nn.Module, rotations: Tensor, trans: Tensor) -> Any:
     return Rigid(rotations, trans)
 
 
+Call = Callable[[str, nn.Module, Mapping[str, Tensor]], dict[str, Tensor]]
+
+
 def loss(outputs: Mapping[str, Tensor], mask: Tensor) -> Tensor:
     """A scalar that reaches every output of the valid residues, with random directions so that nothing cancels."""
     generator = torch.Generator().manual_seed(1)
     total = mask.new_zeros(())
     for value in outputs.values():
-        direction = torch.randn(value.shape, generator=generator).to(value.dtype)
+        direction = torch.randn(value.shape, generator=generator).to(value)
         total = total + (value * direction)[_valid(mask, value)].mean()
     return total
 
@@ -306,7 +305,7 @@ def _rounding(task: Task, ours: bool) -> Iterator[None]:
 def _build(task: Task, ours: bool, dropout: float) -> nn.Module:
     """The module of one side, in the row's mode."""
     if ours and not task.self_check:
-        module = build_ours(task.component, dropout, task.precision)
+        module = build_ours(task.component, dropout, {"preset": "auto", "precision": task.precision})
     else:
         module = build_original(task.component, dropout)
     return module.train(task.mode == "step")
@@ -335,7 +334,7 @@ def runner(task: Task, ours: bool) -> Callable[[], object]:
     return step if task.mode == "step" else forward
 
 
-def results(task: Task, module: nn.Module, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def results(task: Task, module: nn.Module, x: Mapping[str, Tensor], call: Call = call) -> dict[str, Tensor]:
     """Everything that the check compares: outputs of valid rows, and in a step all gradients."""
     step = task.mode == "step"
     leaves = {"s": x["s"], "z": x["z"]} if step and task.component != "model" else {}
@@ -377,16 +376,33 @@ def check(task: Task) -> tuple[bool, str]:
     with _rounding(plain, ours=False):
         theirs = results(task, _build(task, False, 0.0), inputs())
     ours = results(task, _build(task, True, 0.0), inputs())
+    correct, words = judge(task.component, task.precision, truth, theirs, ours)
+    return correct, f"{words}, L={length}"
+
+
+#: What an error may be beyond plain PyTorch's, as a part of the tensor's largest value, and how far off the norm of a
+#: whole model's gradient may be.
+FLOORS = {"float32": (1e-6, 1e-2), "tf32": (5e-4, 0.2), "bfloat16": (2e-3, 0.5)}
+
+
+def judge(
+    component: str,
+    precision: str,
+    truth: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    ours: Mapping[str, Tensor],
+) -> tuple[bool, str]:
+    """Compare what `results` found on three sides; see `check` for the rule."""
     missing = truth.keys() - ours.keys()
     if missing:
         return False, f"no {', '.join(sorted(missing))}"
 
-    factor = 4.0 if task.component == "model" else 2.0
-    floor = 2e-3 if task.precision == "bfloat16" else 1e-6
+    factor = 4.0 if component == "model" else 2.0
+    floor, most = FLOORS[precision]
     largest_gradient = max((float(v.abs().max()) for k, v in truth.items() if k.startswith("grad")), default=0.0)
     worst, words = -1.0, ""
-    if task.component == "model":
-        held, judged = gradients_hold(truth, theirs, ours, factor, floor, 0.5 if task.precision == "bfloat16" else 1e-2)
+    if component == "model":
+        held, judged = gradients_hold(truth, theirs, ours, factor, floor, most)
         if not held:
             return False, judged
         truth = {name: exact for name, exact in truth.items() if not name.startswith("grad")}
@@ -397,7 +413,7 @@ def check(task: Task) -> tuple[bool, str]:
         share = error / (factor * plain_error + floor * scale)
         if not share <= worst:  # also takes NaN
             worst = share
-            words = f"{name}: {error:.1e} (plain PyTorch {plain_error:.1e}) of {scale:.1e}, L={length}"
+            words = f"{name}: {error:.1e} (plain PyTorch {plain_error:.1e}) of {scale:.1e}"
         if math.isnan(share):
             break
     return worst <= 1.0, words
@@ -482,104 +498,19 @@ def prepare_memory(task: Mapping[str, Any], ours: bool) -> tuple[Callable[[], ob
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def measure_all(
-    tasks: Sequence[Task], glibc: Sequence[bool], pairs: int, memory: bool, advance: Callable[[str], None]
-) -> Iterator[Row]:
-    """Measure every task, with and without glibc's memory kept, and yield rows as they come.
-
-    Args:
-        tasks: the rows.
-        glibc: which of (default, keeping memory) to measure.
-        pairs: interleaved pairs; 0 leaves out the times.
-        memory: whether to measure peak memory, once per task: it does not depend on `glibc`.
-        advance: told what comes next, before each step.
-    """
-    for task in tasks:
-        fields, megabytes = asdict(task), None
-        for keep_memory in glibc:
-            words = ", glibc keeps memory" if keep_memory else ""
-            advance(f"{task.name} {task.precision}{words}")
-            found = in_fresh_process(measure_row, fields, pairs, keep_memory=keep_memory)
-            if memory and megabytes is None:
-                advance(f"{task.name} {task.precision}, memory")
-                if found["correct"]:
-                    megabytes = (
-                        extra_peak_memory(prepare_memory, fields, False),
-                        extra_peak_memory(prepare_memory, fields, True),
-                    )
-            yield Row(
-                name=task.name,
-                precision=task.precision,
-                baseline=f"original formulas, {task.against}",
-                keep_memory=keep_memory,
-                correct=found["correct"],
-                check=found["check"],
-                time=Comparison(**found["time"]) if found["time"] else None,
-                memory_mb=megabytes,
-                kernels=tuple(found["kernels"]),
-                machine=Machine(**{**found["machine"], "flags": tuple(found["machine"]["flags"])}),
-            )
-
-
-def print_table(rows: Sequence[Row]) -> None:
-    """Print the rows, the machine as the caption."""
-    from rich.console import Console
-    from rich.table import Table
-
-    where = rows[0].machine
-    table = Table(
-        title="foldkernels against the original's order of operations",
-        caption=f"{where.cpu}, {' '.join(where.flags)}, {where.threads} thread(s) of {where.cores} cores, "
-        f"torch {where.torch}, {where.system}. Ratio of medians of interleaved pairs, 95% bootstrap interval.",
-    )
-    for column in ("row", "ours in", "glibc"):
-        table.add_column(column)
-    for column in ("original ms", "ours ms", "faster", "interval", "by CPU time", "extra MB", "faults"):
-        table.add_column(column, justify="right")
-    table.add_column("check")
-    for row in rows:
-        timed, memory = row.time, row.memory_mb
-        table.add_row(
-            row.name,
-            row.precision,
-            "keeps memory" if row.keep_memory else "default",
-            f"{timed.a_ms:,.1f}" if timed else "",
-            f"{timed.b_ms:,.1f}" if timed else "",
-            f"{timed.ratio:.2f}x" if timed else "",
-            f"{timed.low:.2f} to {timed.high:.2f}" if timed else "",
-            f"{timed.cpu_ratio:.2f}x" if timed else "",
-            f"{memory[0]:,.0f} -> {memory[1]:,.0f}" if memory else "",
-            f"{timed.a_faults:,.0f} -> {timed.b_faults:,.0f}" if timed else "",
-            "[green]right[/]" if row.correct else f"[red]WRONG[/] {row.check}",
-        )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.multiflow_cpu",
-        description="Compare foldkernels with Multiflow's order of operations: same weights, checked first.",
-        epilog="rows: " + " ".join(task.name for task in ROWS),
+    parser = side_by_side.arguments(
+        "python -m benchmarks.multiflow_cpu",
+        "Compare foldkernels with Multiflow's order of operations: same weights, checked first.",
+        [task.name for task in ROWS],
+        "multiflow_cpu.json",
     )
-    parser.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN", help="shell patterns over row names")
     parser.add_argument(
         "--precision", choices=("float32", "bfloat16", "both"), default="both", help="our side's rounding"
     )
-    parser.add_argument(
-        "--glibc", choices=("default", "keep", "both"), default="both", help="let glibc keep its memory"
-    )
     parser.add_argument("--against", choices=("float32", "autocast"), default="float32", help="how the original runs")
-    parser.add_argument(
-        "--pairs", type=int, help="interleaved pairs a row (7; 3 with --quick; 0: check and memory only)"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="PyTorch threads (1)")
-    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
-    parser.add_argument("--quick", action="store_true", help=f"every row at L={QUICK_LENGTH}")
     parser.add_argument("--self-check", action="store_true", help="the baseline on both sides")
-    parser.add_argument(
-        "--output", type=Path, default=RESULTS / "multiflow_cpu.json", help="where the rows go, as JSON"
-    )
     return parser
 
 
@@ -591,7 +522,7 @@ def select(options: argparse.Namespace) -> list[Task]:
     chosen: dict[Task, None] = {}
     for task in ROWS:
         this = replace(task, length=QUICK_LENGTH) if options.quick else task
-        if not any(fnmatch.fnmatch(name, pattern) for name in (task.name, this.name) for pattern in options.rows):
+        if not side_by_side.wanted(options.rows, task.name, this.name):
             continue
         for precision in precisions:
             chosen[
@@ -612,31 +543,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 when a row is red, or 2 when no row matches.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     options = arguments().parse_args(argv)
-    tasks = select(options)
-    if not tasks:
-        print(
-            f"no row matches {' '.join(options.rows)}; there are {' '.join(task.name for task in ROWS)}",
-            file=sys.stderr,
-        )
-        return 2
-    glibc = {"default": (False,), "keep": (True,), "both": (False, True)}[options.glibc]
-    pairs = (3 if options.quick else 7) if options.pairs is None else options.pairs
-    memory = not options.no_memory
-    rows: list[Row] = []
-    columns = (TextColumn("{task.description:<50}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as progress:
-        bar = progress.add_task("", total=len(tasks) * (len(glibc) + memory), completed=-1)
-        for row in measure_all(
-            tasks, glibc, pairs, memory, lambda what: progress.update(bar, description=what, advance=1)
-        ):
-            rows.append(row)
-            write_rows(rows, options.output)  # after every row: a long run that is stopped keeps what it has
-    print_table(rows)
-    print(f"rows: {options.output}")
-    return 0 if all(row.correct for row in rows) else 1
+    return side_by_side.run(
+        options,
+        select(options),
+        measure_row,
+        prepare_memory,
+        lambda task: f"original formulas, {task.against}",
+        "foldkernels against the original's order of operations",
+    )
 
 
 if __name__ == "__main__":

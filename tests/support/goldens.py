@@ -72,9 +72,7 @@ def full_checkpoint() -> Checkpoint:
     source = MULTIFLOW / "full" / "config.yaml"
     config = OmegaConf.load(source)
     with torch.device("meta"):
-        shapes = {
-            name: tensor.shape for name, tensor in FlowModel(as_model_config(config.model)).state_dict().items()
-        }
+        shapes = {name: tensor.shape for name, tensor in FlowModel(as_model_config(config.model)).state_dict().items()}
     generator = torch.Generator().manual_seed(21)
     state = {name: _draw(name, shapes[name], generator) for name in sorted(shapes)}
     return Checkpoint({name: state[name] for name in shapes}, config, source)
