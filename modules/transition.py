@@ -41,7 +41,7 @@ class Transition(nn.Module):
         return by_rows(x, self.hidden, gated, self)
 
 
-# The forward's parts, for a layer of this class, or of another project's class with the same parameters ----------------
+# The forward's parts, for a layer of this class, or of another project's class with the same parameters ------------
 
 
 def gated(layer: Any, x: Float[Tensor, "*b dim"]) -> Float[Tensor, "*b out_dim"]:

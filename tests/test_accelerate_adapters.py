@@ -118,6 +118,7 @@ def single_inputs(c: int = 15) -> tuple[Tensor, Tensor]:
 
 def assert_near(found: Tensor, wanted: Tensor, mask: Tensor | None = None, limit: float = 1e-5) -> None:
     """Equal to `limit` of the largest value, where the mask says that it matters."""
+    found, wanted = found.detach(), wanted.detach()
     if mask is not None:
         keep = mask > 0.5
         found, wanted = found[keep], wanted[keep]
@@ -154,8 +155,8 @@ def test_each_form_is_recognised_and_proved(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_proof_sees_a_wrong_weight(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the original reads and ours would miss is found out: each parameter matters to the result."""
+def test_the_proof_sees_a_thousandth(form: str) -> None:
+    """A forward that is wrong by a thousandth does not pass."""
     make, *_ = FORMS[form]
     module = make()
     name, recognised = recognise(module)
@@ -171,7 +172,7 @@ def test_the_proof_sees_a_wrong_weight(form: str, monkeypatch: pytest.MonkeyPatc
     assert not verification.prove(candidate, adapters()[name]).passed
 
 
-# ---------------------------------------------------------------------------------------------------------- OpenFold IPA
+# ------------------------------------------------------------------------------------------------------ OpenFold IPA
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -206,7 +207,7 @@ def test_an_offloaded_ipa_runs_its_own_forward() -> None:
     assert ran == [] and torch.equal(out, theirs(s, None, random_rigid(2, N), mask, True, True, [z]))
 
 
-# --------------------------------------------------------------------------------------------------- triangle operations
+# ----------------------------------------------------------------------------------------------- triangle operations
 
 
 @pytest.mark.parametrize("added", [True, False])
@@ -301,7 +302,7 @@ def test_a_boltz_layer_computes_the_same_with_gradients() -> None:
             assert float((found - wanted).abs().max()) <= 1e-4 * scale, name
 
 
-# -------------------------------------------------------------------------------------------------------------- pair bias
+# ---------------------------------------------------------------------------------------------------------- pair bias
 
 
 def test_boltz_1_keeps_its_cache_and_its_multiplicity() -> None:
@@ -342,7 +343,7 @@ def test_boltz_2_attends_to_other_tokens() -> None:
     assert_near(ours(s, z[:, :, :5], mask, k_in=k_in), theirs(s, z[:, :, :5], mask, k_in=k_in))
 
 
-# ------------------------------------------------------------------------------------------------------------ transitions
+# -------------------------------------------------------------------------------------------------------- transitions
 
 
 @pytest.mark.parametrize("make", [boltz.Transition, openfold.PairTransition])
@@ -359,7 +360,7 @@ def test_a_transition_goes_over_rows_without_gradients(
         assert_near(ours(z.transpose(1, 2), chunk_size=4), theirs(z.transpose(1, 2)))
 
 
-# -------------------------------------------------------------------------------------------------------------------- ESM
+# ---------------------------------------------------------------------------------------------------------------- ESM
 
 
 def test_within_esm_2_the_weights_are_not_made() -> None:
@@ -418,7 +419,7 @@ def test_dropout_in_training_runs_the_original() -> None:
     assert ran == ["attention: torch"]
 
 
-# ------------------------------------------------------------------------------------------------------- what is declined
+# --------------------------------------------------------------------------------------------------- what is declined
 
 
 def _changed(make: Callable[[], nn.Module], **attributes: Any) -> nn.Module:
@@ -430,7 +431,7 @@ def _changed(make: Callable[[], nn.Module], **attributes: Any) -> nn.Module:
 
 
 class _Scaled(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input)
 
 

@@ -151,7 +151,6 @@ def _walk(
             yield name, module, Entry(name, kind, "needs nothing", reason=needless), None
             continue
         if is_replaced(module):
-            inside += (f"{name}." if name else "",)
             reason = "an earlier call; bind() changes its kernel"
             yield name, module, Entry(name, kind, "replaced before", reason=reason), None
             continue
@@ -162,7 +161,8 @@ def _walk(
         except Declined as declined:
             yield name, module, Entry(name, kind, "left alone", reason=str(declined)), None
             continue
-        inside += (f"{name}." if name else "",)
+        if recognised.encloses:
+            inside += (f"{name}." if name else "",)
         entry = Entry(name, kind, "replaced", adapter, recognised.form, notes=recognised.notes)
         yield name, module, entry, recognised
 

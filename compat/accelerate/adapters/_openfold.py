@@ -25,7 +25,9 @@ def require_linears(module: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         child: Any = _child(module, name)
         kind = type(child)
-        copied = isinstance(child, nn.Linear) and kind.__name__ in _LINEARS and set(child._parameters) == {"weight", "bias"}
+        copied = (
+            isinstance(child, nn.Linear) and kind.__name__ in _LINEARS and set(child._parameters) == {"weight", "bias"}
+        )
         if kind is not nn.Linear and not copied:
             raise Declined(f"its {name} is a {kind.__name__}, no plain Linear")
         if getattr(child, "precision", None) is not None:

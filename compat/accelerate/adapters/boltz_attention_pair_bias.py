@@ -16,8 +16,14 @@ from ....kernels.attention_pair_bias import PairProjection, attention_pair_bias,
 from ....kernels.binding import Use
 from ....kernels.tensors import widest
 from ....modules.masks import boolean
-from ..checks import require_children, require_layer_norm, require_linear, require_parameters, require_signature
-from ..checks import whole_numbers
+from ..checks import (
+    require_children,
+    require_layer_norm,
+    require_linear,
+    require_parameters,
+    require_signature,
+    whole_numbers,
+)
 from ..recognition import Adapter, Declined, Example, Recognised
 from ..replacement import original_forward
 from ._openfold import require_mask

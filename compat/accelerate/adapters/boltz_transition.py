@@ -13,8 +13,15 @@ from torch import Tensor, nn
 
 from ....kernels.binding import Use
 from ....modules.transition import by_rows, gated
-from ..checks import require_children, require_exactly, require_layer_norm, require_linear, require_parameters
-from ..checks import require_signature, whole_numbers
+from ..checks import (
+    require_children,
+    require_exactly,
+    require_layer_norm,
+    require_linear,
+    require_parameters,
+    require_signature,
+    whole_numbers,
+)
 from ..recognition import Adapter, Example, Recognised
 
 

@@ -29,7 +29,7 @@ _LINEARS = ("p_in", "g_in", "p_out", "g_out")
 class BoltzTriangleMultiplication(Adapter):
     """`TriangleMultiplicationOutgoing` and `TriangleMultiplicationIncoming` of Boltz."""
 
-    title = "triangle multiplication"
+    title = "Boltz's triangle multiplication"
     operations = ("triangle_multiplication",)
     classes = tuple(_DIRECTIONS)
     projects = ("Boltz-1", "Boltz-2")

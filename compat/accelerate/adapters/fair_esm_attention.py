@@ -1,6 +1,6 @@
 """Self-attention of fair-esm's ESM-2: with rotary positions, [tokens, batch, channels], True in a mask for padding.
 
-Lin et al. 2023. The layer gives out the attention weights, averaged over the heads, whenever `need_weights` says so, and
+Lin et al. 2023. The layer gives out the attention weights, averaged over the heads, if `need_weights` says so, and
 its parents always say so. Within a whole ESM-2 model, which throws them away, `fair_esm_model` says that nobody reads
 them; elsewhere they are asked for, and the layer's own forward runs.
 """
@@ -55,12 +55,16 @@ class FairESMAttention(Adapter):
         layer: Any = module
         if getattr(layer, "rot_emb", None) is None:
             raise Declined("it has no rotary positions: it runs PyTorch's own attention already")
-        shapes = {f"{name}.{kind}": (width, width)[: 1 + (kind == "weight")] for name in _PROJECTIONS for kind in _KINDS}
+        shapes = {
+            f"{name}.{kind}": (width, width)[: 1 + (kind == "weight")] for name in _PROJECTIONS for kind in _KINDS
+        }
         require_parameters(module, shapes)
         require_linear(module, *_PROJECTIONS)
         require_children(module, (*_PROJECTIONS, "rot_emb"))
         buffers = {name: tuple(buffer.shape) for name, buffer in module.named_buffers()}
-        if type(layer.rot_emb).__name__ != "RotaryEmbedding" or buffers != {"rot_emb.inv_freq": (size["head_dim"] // 2,)}:
+        if type(layer.rot_emb).__name__ != "RotaryEmbedding" or buffers != {
+            "rot_emb.inv_freq": (size["head_dim"] // 2,)
+        }:
             raise Declined("its rot_emb is no RotaryEmbedding of its heads")
         flags = ("add_zero_attn", "onnx_trace", "encoder_decoder_attention")
         wrong = [name for name in flags if getattr(layer, name, None) is not False]
@@ -92,7 +96,9 @@ class FairESMAttention(Adapter):
 
 
 _KINDS = ("weight", "bias")
-_NOTE = "its own forward runs where attention weights are read, as for contacts, and with attn_mask or incremental_state"
+_NOTE = (
+    "its own forward runs where attention weights are read, as for contacts, and with attn_mask or incremental_state"
+)
 _PADDING = "a padded token gets zeros from the attention"
 
 

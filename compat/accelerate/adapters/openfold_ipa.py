@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ....kernels.binding import Use
-from ....modules.invariant_point_attention import attend
-from ....modules.masks import boolean
+from ....modules.invariant_point_attention import attend_over_pairs
 from ....modules.rigid import Rigid
 from ..checks import require_children, require_exactly, require_parameters, require_signature
 from ..frames import example_frames
@@ -129,21 +128,29 @@ class _Sizes(NamedTuple):
 
 def _sizes(layer: Any) -> _Sizes:
     """Under OpenFold's names, or under Hugging Face's."""
-    names = (("no_heads", "num_heads"), ("c_hidden", "hidden_dim"), ("no_qk_points", "num_qk_points"))
-    values = []
-    for ours, theirs in (*names, ("no_v_points", "num_v_points")):
-        value = getattr(layer, ours, getattr(layer, theirs, None))
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise Declined(f"it has no whole number {ours}")
-        values.append(value)
     eps = getattr(layer, "eps", getattr(getattr(layer, "config", None), "epsilon", None))
     if not isinstance(eps, float):
         raise Declined("it has no number eps")
-    return _Sizes(*values, eps)
+    return _Sizes(
+        heads=_size(layer, "no_heads", "num_heads"),
+        hidden=_size(layer, "c_hidden", "hidden_dim"),
+        p=_size(layer, "no_qk_points", "num_qk_points"),
+        pv=_size(layer, "no_v_points", "num_v_points"),
+        eps=eps,
+    )
+
+
+def _size(layer: Any, *names: str) -> int:
+    found = [getattr(layer, name) for name in names if hasattr(layer, name)]
+    if len(found) != 1 or not isinstance(found[0], int) or isinstance(found[0], bool):
+        raise Declined(f"it has no whole number {names[0]}")
+    return found[0]
 
 
 class _Layer(NamedTuple):
-    """The layer as `attend` asks for it: the multimer's keys, values and points are put in the others' order."""
+        k, v = (
+            part(s).unflatten(-1, (self.no_heads, -1)) for part in (self.original.linear_k, self.original.linear_v)
+        )
 
     original: Any
     no_heads: int
@@ -154,6 +161,14 @@ class _Layer(NamedTuple):
     down_z: None = None
 
     @property
+    def c_s(self) -> int:
+        return int(self.original.linear_q.in_features)
+
+    @property
+    def c_z(self) -> int:
+        return int(self.original.linear_b.in_features)
+
+    @property
     def head_weights(self) -> Tensor:
         weights: Tensor = self.original.head_weights
         return weights
@@ -161,10 +176,6 @@ class _Layer(NamedTuple):
     @property
     def linear_b(self) -> Any:
         return self.original.linear_b
-
-    @property
-    def training(self) -> bool:
-        return bool(self.original.training)
 
     @property
     def kernel_config(self) -> str:
@@ -182,7 +193,9 @@ class _Layer(NamedTuple):
         if hasattr(self.original, "linear_kv"):
             kv: Tensor = self.original.linear_kv(s)
             return kv
-        k, v = (layer(s).unflatten(-1, (self.no_heads, -1)) for layer in (self.original.linear_k, self.original.linear_v))
+        k, v = (
+            layer(s).unflatten(-1, (self.no_heads, -1)) for layer in (self.original.linear_k, self.original.linear_v)
+        )
         return torch.cat([k, v], dim=-1).flatten(-2)
 
     def linear_q_points(self, s: Tensor) -> Tensor:
@@ -222,9 +235,7 @@ def openfold(
 ) -> Tensor:
     """OpenFold's forward. Nothing that is given is changed, whatever inplace_safe says."""
     if _offload_inference or z is None or in_float16(s):
-        out: Tensor = original_forward(self)(
-            self, s, z, r, mask, inplace_safe, _offload_inference, _z_reference_list
-        )
+        out: Tensor = original_forward(self)(self, s, z, r, mask, inplace_safe, _offload_inference, _z_reference_list)
         return out
     return _attend(self, s, z, r, mask)
 
@@ -257,7 +268,7 @@ def _attend(layer: Any, s: Tensor, z: Tensor, r: Any, mask: Tensor) -> Tensor:
         rotmats, trans = r.get_rots().get_rot_mats(), r.get_trans()
     frames = Rigid(rotmats.expand(*lead, 3, 3), trans.expand(*lead, 3))
     pairs = z.expand(*lead, lead[-1], z.shape[-1])
-    return attend(_Layer(layer, *size), s, pairs, frames, boolean(mask).expand(lead)).to(z.dtype)
+    return attend_over_pairs(_Layer(layer, *size), s, pairs, frames, mask.expand(lead)).to(z.dtype)
 
 
 ADAPTER = OpenFoldIPA()

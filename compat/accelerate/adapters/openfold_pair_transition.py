@@ -58,7 +58,7 @@ def uses(layer: Any) -> list[Use]:  # noqa: ARG001: the forward calls no operati
     return []
 
 
-def openfold(self: Any, z: Tensor, mask: Tensor | None = None, chunk_size: int | None = None) -> Tensor:  # noqa: ARG001
+def openfold(self: Any, z: Tensor, mask: Tensor | None = None, chunk_size: int | None = None) -> Tensor:
     """OpenFold's forward; the rows of a block fit the machine, whatever chunk_size says."""
     return _update(self, z, mask)
 

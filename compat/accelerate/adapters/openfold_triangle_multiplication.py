@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ....kernels.binding import Use
-from ....kernels.triangle_multiplication import Weights, triangle_multiplication
+from ....kernels.triangle_multiplication import Direction, Weights, triangle_multiplication
 from ..checks import require_children, require_exactly, require_parameters, require_signature
 from ..recognition import Adapter, Declined, Example, Forward, Recognised
 from ..replacement import original_forward
@@ -23,7 +23,7 @@ from ._pairs import is_square, pair_example, squares
 class OpenFoldTriangleMultiplication(Adapter):
     """`TriangleMultiplicationOutgoing`, `...Incoming`, and both with their projections fused."""
 
-    title = "triangle multiplication"
+    title = "OpenFold's triangle multiplication"
     operations = ("triangle_multiplication",)
     classes = (
         "TriangleMultiplicativeUpdate",
@@ -118,32 +118,36 @@ def _served(z: Tensor) -> bool:
 def _update(layer: Any, z: Tensor, mask: Tensor | None) -> Tensor:
     pairs, allowed = squares(z, mask)
     if hasattr(layer, "linear_ab_p"):
-        p, g = layer.linear_ab_p, layer.linear_ab_g
-        packed = (p.weight, g.weight, p.bias, g.bias)
+        p_in, g_in = _joined(layer.linear_ab_p), _joined(layer.linear_ab_g)
     else:
-        ab = ((layer.linear_a_p, layer.linear_b_p), (layer.linear_a_g, layer.linear_b_g))
-        weights = [torch.cat([a.weight, b.weight]) for a, b in ab]
-        biases = [None if a.bias is None else torch.cat([a.bias, b.bias]) for a, b in ab]
-        packed = (*weights, *biases)
-    weights_ = Weights(
+        p_in, g_in = _joined(layer.linear_a_p, layer.linear_b_p), _joined(layer.linear_a_g, layer.linear_b_g)
+    weights = Weights(
         norm_in_weight=layer.layer_norm_in.weight,
         norm_in_bias=layer.layer_norm_in.bias,
-        p_in=packed[0],
-        g_in=packed[1],
+        p_in=p_in[0],
+        g_in=g_in[0],
         norm_out_weight=layer.layer_norm_out.weight,
         norm_out_bias=layer.layer_norm_out.bias,
         p_out=layer.linear_z.weight,
         g_out=layer.linear_g.weight,
-        p_in_bias=packed[2],
-        g_in_bias=packed[3],
+        p_in_bias=p_in[1],
+        g_in_bias=g_in[1],
         p_out_bias=layer.linear_z.bias,
         g_out_bias=layer.linear_g.bias,
     )
-    direction = "outgoing" if layer._outgoing else "incoming"
+    direction: Direction = "outgoing" if layer._outgoing else "incoming"
     update = triangle_multiplication(
-        pairs, allowed, weights_, direction, eps=layer.layer_norm_in.eps, config=layer.kernel_config
+        pairs, allowed, weights, direction, eps=layer.layer_norm_in.eps, config=layer.kernel_config
     )
     return update.reshape(z.shape)
+
+
+def _joined(*layers: Any) -> tuple[Tensor, Tensor | None]:
+    """The weights of linear layers, and their biases if they have any, one below the other."""
+    if len(layers) == 1:
+        return layers[0].weight, layers[0].bias
+    biases = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return torch.cat([layer.weight for layer in layers]), biases
 
 
 ADAPTER = OpenFoldTriangleMultiplication()

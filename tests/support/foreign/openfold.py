@@ -18,7 +18,7 @@ class Linear(nn.Linear):
         super().__init__(c_in, c_out, bias=bias)
         self.precision = precision
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002: the original's name
+    def forward(self, input: Tensor) -> Tensor:
         if self.precision is not None:
             bias = None if self.bias is None else self.bias.to(self.precision)
             return F.linear(input.to(self.precision), self.weight.to(self.precision), bias).to(input.dtype)
@@ -36,7 +36,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.c_in, self.weight, self.bias, self.eps)
 
 
-# ---------------------------------------------------------------------------------------------------------------- frames
+# ------------------------------------------------------------------------------------------------------------ frames
 
 
 class Vec3Array:
@@ -75,7 +75,7 @@ class Rigid3Array:
         return Vec3Array(*torch.einsum("...yx,...y->...x", self.rotation.to_tensor(), moved).unbind(-1))
 
 
-# ------------------------------------------------------------------------------------------------------------------- IPA
+# --------------------------------------------------------------------------------------------------------------- IPA
 
 
 class PointProjection(nn.Module):
@@ -222,7 +222,7 @@ class EsmFoldInvariantPointAttention(nn.Module):
         return ipa_attended(self, sizes, z, r, mask, q, (k, v), [q_points, *kv_points.split([4, 6], dim=-2)])
 
 
-# --------------------------------------------------------------------------------------------------- triangle operations
+# ----------------------------------------------------------------------------------------------- triangle operations
 
 
 class Attention(nn.Module):
