@@ -148,9 +148,7 @@ def _size(layer: Any, *names: str) -> int:
 
 
 class _Layer(NamedTuple):
-        k, v = (
-            part(s).unflatten(-1, (self.no_heads, -1)) for part in (self.original.linear_k, self.original.linear_v)
-        )
+    """The layer as `attend_over_pairs` asks for it: the multimer's keys, values and points in the others' order."""
 
     original: Any
     no_heads: int
