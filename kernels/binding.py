@@ -132,11 +132,14 @@ def bind(
     Warns:
         KernelFallbackWarning: Once, if a first choice cannot run and the configuration says `fallback: warn`.
     """
-    resolved = resolve_kernel(kernel, command_line=command_line, file=file)
+    return bind_modules(users_of(model), place_of(model), resolve_kernel(kernel, command_line=command_line, file=file))
+
+
+def bind_modules(users: Iterable[tuple[str, Bindable]], place: "Place", resolved: ResolvedKernel) -> BindReport:
+    """Do what `bind` does for these modules, given by name; it says what is raised and warned."""
+    users = list(users)
     words = token(resolved.config)
-    place = place_of(model)
     bound, refused, errors = [], [], {}
-    users = users_of(model)
     for name, module in users:
         decisions = []
         for use in module.kernel_uses():
@@ -241,5 +244,5 @@ def _warn(report: BindReport) -> None:
         warnings.warn(
             f"preset {report.resolved.config.preset!r} falls back:\n  " + "\n  ".join(lines),
             KernelFallbackWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

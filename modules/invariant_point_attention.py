@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ..kernels.binding import Use
 from ..kernels.invariant_point_attention import invariant_point_attention
 from .masks import boolean
-from .point_attention import PointAttention
+from .point_attention import PointAttention, assemble, project
 from .rigid import HasFrames, Rigid
 
 
@@ -104,7 +104,7 @@ class InvariantPointAttention(PointAttention):
 
 
 def attend_over_pairs(
-    layer: PointAttention,
+    layer: Any,
     s: Float[Tensor, "*b n c_s"],
     z: Float[Tensor, "*b n n c_z"],
     r: HasFrames | Rigid,
@@ -113,14 +113,14 @@ def attend_over_pairs(
     *,
     logit_dropout: float = 0.0,
 ) -> Float[Tensor, "*b n c_s"]:
-    """What `InvariantPointAttention` computes, with any layer that has its parameters."""
+    """What `InvariantPointAttention` computes, with any layer that has its parameters, of whatever class."""
     check_shapes(s, z, mask, attention_mask)
     lead, n = s.shape[:-2], s.shape[-2]
     frames = Rigid.of(r)
     frames = Rigid(frames.get_rot_mats().reshape(-1, n, 3, 3), frames.get_trans().reshape(-1, n, 3))
     s, z, mask = s.reshape(-1, n, layer.c_s), z.reshape(-1, n, n, layer.c_z), mask.reshape(-1, n)
     pair_mask = None if attention_mask is None else boolean(attention_mask.reshape(-1, n, n))
-    q, k, v, q_points, k_points, v_points = layer.project(s, frames)
+    q, k, v, q_points, k_points, v_points = project(layer, s, frames)
     out, out_points, out_pair = invariant_point_attention(
         q,
         k,
@@ -141,18 +141,19 @@ def attend_over_pairs(
 
 
 def combine_over_pairs(
-    layer: PointAttention, out: Tensor, out_points: Tensor, out_pair: Tensor, frames: Rigid
+    layer: Any, out: Tensor, out_points: Tensor, out_pair: Tensor, frames: Rigid
 ) -> Float[Tensor, "b n c_s"]:
     """What follows the attention over pairs."""
-    if layer.down_z is not None:
+    down_z = getattr(layer, "down_z", None)
+    if down_z is not None:
         # The weights sum to one, so the mean of the projections is the projection of the mean.
-        out_pair = layer.down_z(out_pair)
-    update = layer.assemble(out, out_points, out_pair, frames)
+        out_pair = down_z(out_pair)
+    update: Tensor = assemble(layer, out, out_points, out_pair, frames)
     # The softmax removes this bias, so its gradient is zero: zero, not absent, or DDP would wait for it.
     return update + 0.0 * layer.linear_b.bias.sum() if torch.is_grad_enabled() else update
 
 
-def pair_attention_use(layer: PointAttention) -> Use:
+def pair_attention_use(layer: Any) -> Use:
     """The operation that `attend_over_pairs` calls."""
     dims = {
         "h": layer.no_heads,

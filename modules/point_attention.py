@@ -1,5 +1,7 @@
 """What every layer of invariant point attention has: the projections before the attention, and what follows it."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -58,38 +60,55 @@ class PointAttention(KernelModule):
 
     def project(self, s: Float[Tensor, "b n c_s"], frames: Rigid) -> tuple[Tensor, ...]:
         """Queries, keys and values [b, n, h, c], and their points [b, n, h, p, 3] in the global frame."""
-        b, n, _ = s.shape
-        heads = self.no_heads
-        q = self.linear_q(s).view(b, n, heads, self.c_hidden)
-        k, v = self.linear_kv(s).view(b, n, heads, 2 * self.c_hidden).split(self.c_hidden, dim=-1)
-        q_points = self._place(self.linear_q_points(s), frames)
-        k_points, v_points = self._place(self.linear_kv_points(s), frames).split(
-            [self.no_qk_points, self.no_v_points], dim=3
-        )
-        return q, k, v, q_points, k_points, v_points
+        return project(self, s, frames)
 
     def assemble(
         self, out: Tensor, out_points: Tensor, out_pair: Tensor | None, frames: Rigid
     ) -> Float[Tensor, "b n c_s"]:
         """Points back into each residue's frame; then all, with the projected pair values, through the last layer."""
-        with without_autocast(out):
-            local = frames.invert_apply(out_points)
-            x, y, z = local.unbind(-1)
-            norms = (x * x + y * y + z * z + self.eps).sqrt()
-        dtype = out.dtype
-        features = [
-            out.flatten(2),
-            *(axis.flatten(2).to(dtype) for axis in (x, y, z)),
-            norms.flatten(2).to(dtype),
-        ]
-        if out_pair is not None:
-            features.append(out_pair.flatten(2).to(dtype))
-        update: Tensor = self.linear_out(torch.cat(features, dim=-1))
-        return update
+        return assemble(self, out, out_points, out_pair, frames)
 
-    def _place(self, flat: Float[Tensor, "b n xyz_points"], frames: Rigid) -> Float[Tensor, "b n h points 3"]:
-        b, n, _ = flat.shape
-        with without_autocast(flat):
-            # xyz is the outermost axis of the layer's output; frames are never held in 16 bits.
-            local = flat.view(b, n, 3, self.no_heads, -1).permute(0, 1, 3, 4, 2).to(frames.trans.dtype)
-            return frames.apply(local)
+
+# The same for any layer with these parameters and sizes, of another project's class too: hence no type of ours.
+
+
+def project(layer: Any, s: Float[Tensor, "b n c_s"], frames: Rigid) -> tuple[Tensor, ...]:
+    """Queries, keys and values [b, n, h, c], and their points [b, n, h, p, 3] in the global frame."""
+    b, n, _ = s.shape
+    heads = layer.no_heads
+    q = layer.linear_q(s).view(b, n, heads, layer.c_hidden)
+    k, v = layer.linear_kv(s).view(b, n, heads, 2 * layer.c_hidden).split(layer.c_hidden, dim=-1)
+    q_points = place_points(layer.linear_q_points(s), heads, frames)
+    k_points, v_points = place_points(layer.linear_kv_points(s), heads, frames).split(
+        [layer.no_qk_points, layer.no_v_points], dim=3
+    )
+    return q, k, v, q_points, k_points, v_points
+
+
+def place_points(flat: Float[Tensor, "b n xyz_points"], heads: int, frames: Rigid) -> Float[Tensor, "b n h points 3"]:
+    """Local points as a layer gives them, all x first, then all y, then all z, in the global frame."""
+    b, n, _ = flat.shape
+    with without_autocast(flat):
+        # Frames are never held in 16 bits.
+        local = flat.view(b, n, 3, heads, -1).permute(0, 1, 3, 4, 2).to(frames.trans.dtype)
+        return frames.apply(local)
+
+
+def assemble(
+    layer: Any, out: Tensor, out_points: Tensor, out_pair: Tensor | None, frames: Rigid
+) -> Float[Tensor, "b n c_s"]:
+    """Points back into each residue's frame; then all, with the projected pair values, through the last layer."""
+    with without_autocast(out):
+        local = frames.invert_apply(out_points)
+        x, y, z = local.unbind(-1)
+        norms = (x * x + y * y + z * z + layer.eps).sqrt()
+    dtype = out.dtype
+    features = [
+        out.flatten(2),
+        *(axis.flatten(2).to(dtype) for axis in (x, y, z)),
+        norms.flatten(2).to(dtype),
+    ]
+    if out_pair is not None:
+        features.append(out_pair.flatten(2).to(dtype))
+    update: Tensor = layer.linear_out(torch.cat(features, dim=-1))
+    return update

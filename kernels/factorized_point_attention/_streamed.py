@@ -78,7 +78,7 @@ def factorized_streamed_backward(
     found = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in x[:10]]
     # What heads or items add to, in the points' type: 16 bits would lose it.
     of_weights, of_z2 = (torch.zeros_like(y, dtype=q_points.dtype) for y in (weights, z2))
-    into = Inputs(*found, centre, mask)._replace(weights=of_weights, z2=of_z2)
+    into = Inputs._make([*found, centre, mask])._replace(weights=of_weights, z2=of_z2)
     heads = Gradients(d_out, d_points, d_pairs, x, Scratch(q_points, q_points.dtype))
     with without_autocast(q):
         for item, some in head_groups(x):
