@@ -54,7 +54,9 @@ _FLASH: Mapping[str, Candidates] = {
     "triangle_attention": ("trifast",),
 }
 # Our own. Interpreted and compiled so far, never run on a GPU: they stand under their own word until they have been.
-_TRITON: Mapping[str, Candidates] = dict.fromkeys(("triangle_attention", "attention_pair_bias"), ("triton",))
+_TRITON: Mapping[str, Candidates] = dict.fromkeys(
+    ("triangle_attention", "attention_pair_bias", "factorized_point_attention"), ("triton",)
+)
 
 #: preset -> operation -> device type -> kernels, best first.
 PRESETS: Mapping[str, Lists] = MappingProxyType(
