@@ -55,6 +55,7 @@ test-all: $(INSTALLED)
 # Other projects' own code, which `make test` never needs: into a folder beside .venv, without what they depend on.
 test-peers: $(INSTALLED)
 	$(PY) -m pip --disable-pip-version-check install --quiet --upgrade --target .peers --no-deps -r tests/peers/requirements.txt
+	rm -rf .peers/benchmarks # fairscale's, which would hide ours
 	PYTHONPATH=.peers OMP_NUM_THREADS=1 $(PY) -m pytest tests/peers $(ARGS)
 
 lint: $(INSTALLED)
