@@ -43,8 +43,12 @@ _CUEQUIVARIANCE: Mapping[str, Candidates] = dict.fromkeys(
     ("triangle_attention", "triangle_multiplication", "attention_pair_bias"), ("cuequivariance",)
 )
 _LIBRARIES: Mapping[str, Candidates] = {**_CUEQUIVARIANCE, "triangle_attention": ("cuequivariance", "trifast")}
-# Our own. Interpreted and compiled so far, never run on a GPU: they stand under their own word until they have been.
-_TRITON: Mapping[str, Candidates] = dict.fromkeys(("triangle_attention", "attention_pair_bias"), ("triton",))
+# Our own. Interpreted and compiled so far, never run on a GPU: `auto` leaves them out until a run on one is committed.
+_TRITON: Mapping[str, Candidates] = dict.fromkeys(
+    ("invariant_point_attention", "triangle_attention", "attention_pair_bias"), ("triton",)
+)
+# Kernels that never hold the attention matrix; where nobody else has one, ours are asked for by this word as well.
+_FLASH: Mapping[str, Candidates] = {"invariant_point_attention": ("triton",), "triangle_attention": ("trifast",)}
 
 #: preset -> operation -> device type -> kernels, best first.
 PRESETS: Mapping[str, Lists] = MappingProxyType(
@@ -56,7 +60,7 @@ PRESETS: Mapping[str, Lists] = MappingProxyType(
         # PyTorch's own operators only.
         "torch": _everywhere(_STREAMED),
         # Kernels that never hold the attention matrix.
-        "flash": _everywhere(_STREAMED, cuda={"triangle_attention": ("trifast",)}),
+        "flash": _everywhere(_STREAMED, cuda=_FLASH),
         # Our own Triton kernels, where an operation has one.
         "triton": _everywhere(_STREAMED, cuda=_TRITON),
         # NVIDIA's library, where it has a kernel for the operation.

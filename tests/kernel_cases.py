@@ -129,7 +129,20 @@ def _both(mask: Tensor) -> Tensor:
 
 
 def _ipa(n: int, b: int, masked: bool, size: int, seed: int, dropout: float = 0.0, away: float = 0.0) -> Case:
-    h, c, p, pv, cz = ((3, 4, 2, 5, 6), (4, 16, 4, 8, 32))[size]
+    return build_ipa(n, b, masked, ((3, 4, 2, 5, 6), (4, 16, 4, 8, 32))[size], seed, dropout, away)
+
+
+def build_ipa(
+    n: int,
+    b: int,
+    masked: bool,
+    sizes: tuple[int, int, int, int, int],
+    seed: int = 0,
+    dropout: float = 0.0,
+    away: float = 0.0,
+) -> Case:
+    """Invariant point attention of given sizes: heads, c_hidden, query points, value points, c_z."""
+    h, c, p, pv, cz = sizes
     r = Random(seed)
     mask = r.mask(b, n) if masked else torch.ones(b, n, dtype=torch.bool)
     pair_mask = r.yes(b, n, n, share=0.6) if masked else None
