@@ -42,13 +42,22 @@ def _everywhere(candidates: Candidates, cuda: Mapping[str, Candidates] | None = 
 _CUEQUIVARIANCE: Mapping[str, Candidates] = dict.fromkeys(
     ("triangle_attention", "triangle_multiplication", "attention_pair_bias"), ("cuequivariance",)
 )
-_LIBRARIES: Mapping[str, Candidates] = {**_CUEQUIVARIANCE, "triangle_attention": ("cuequivariance", "trifast")}
+_LIBRARIES: Mapping[str, Candidates] = {
+    **_CUEQUIVARIANCE,
+    "triangle_attention": ("cuequivariance", "trifast"),
+    "factorized_point_attention": ("flash_attn",),
+}
+# Kernels that never hold the attention matrix, nor touch padding.
+_FLASH: Mapping[str, Candidates] = {
+    "attention": ("flash_attn",),
+    "factorized_point_attention": ("flash_attn",),
+    "invariant_point_attention": ("triton",),
+    "triangle_attention": ("trifast",),
+}
 # Our own. Interpreted and compiled so far, never run on a GPU: `auto` leaves them out until a run on one is committed.
 _TRITON: Mapping[str, Candidates] = dict.fromkeys(
     ("invariant_point_attention", "triangle_attention", "attention_pair_bias"), ("triton",)
 )
-# Kernels that never hold the attention matrix; where nobody else has one, ours are asked for by this word as well.
-_FLASH: Mapping[str, Candidates] = {"invariant_point_attention": ("triton",), "triangle_attention": ("trifast",)}
 
 #: preset -> operation -> device type -> kernels, best first.
 PRESETS: Mapping[str, Lists] = MappingProxyType(

@@ -37,6 +37,9 @@ FLOOR = {torch.float64: 1e-11, torch.float32: 1e-6, torch.bfloat16: 2e-3}
 
 #: Where the rule does not hold, by how much it is exceeded, and why. Measured; nothing may be added without a reason.
 EXCEEDS = {
+    # The same, and the attended points come back in bfloat16: value and sum are each rounded to 1 part in 512. On CUDA.
+    ("factorized_point_attention", "flash_attn", torch.bfloat16): 2.5,
+    **({("factorized_point_attention", "torch", torch.bfloat16): 2.5} if torch.cuda.is_available() else {}),
     # scaled_dot_product_attention's flash kernels round the weights and their gradients to bfloat16 before the second
     # product. Up to 2.1 times the rule was seen; the definition with every operation in bfloat16 comes to 1.0.
     ("attention", "torch", torch.bfloat16): 2.5,
@@ -84,7 +87,8 @@ class Case:
 
 
 # Widths are odd, and no two alike; those that sums over pairs run beside are at least 13, because BLAS adds up narrower
-# products less carefully, on both sides of a comparison.
+# products less carefully, on both sides of a comparison. A third size is that of published models, for benchmarks.
+PUBLISHED = 2
 
 # Numbers --------------------------------------------------------------------------------------------------------------
 
@@ -128,8 +132,12 @@ def _both(mask: Tensor) -> Tensor:
 # Operations -----------------------------------------------------------------------------------------------------------
 
 
+#: Heads, c_hidden, query points, value points, c_z.
+_IPA_SIZES = ((3, 4, 2, 5, 6), (4, 16, 4, 8, 32), (8, 16, 8, 12, 128))
+
+
 def _ipa(n: int, b: int, masked: bool, size: int, seed: int, dropout: float = 0.0, away: float = 0.0) -> Case:
-    return build_ipa(n, b, masked, ((3, 4, 2, 5, 6), (4, 16, 4, 8, 32))[size], seed, dropout, away)
+    return build_ipa(n, b, masked, _IPA_SIZES[size], seed, dropout, away)
 
 
 def build_ipa(
@@ -197,8 +205,8 @@ def _factorized(n: int, b: int, masked: bool, size: int, seed: int, away: float 
     h, c, p, pv, rank, cp = ((3, 4, 2, 5, 2, 3), (4, 16, 4, 8, 2, 8))[size]
     r = Random(seed)
     mask = r.mask(b, n) if masked else None
-    # Some calls have no factors, some have one of the two.
-    with_bias, with_pair = n % 5 != 1 or n < 2, n % 3 != 0
+    # Both factors at 7 and 33, one of them at 16 and 17, none at 2.
+    with_bias, with_pair = n % 2 == 1, n % 3 != 2
     values: dict[str, Tensor | None] = {
         "q": r.normal(b, n, h, c),
         "k": r.normal(b, n, h, c),
@@ -218,8 +226,8 @@ def _factorized(n: int, b: int, masked: bool, size: int, seed: int, away: float 
         first = "q k v q_points k_points v_points point_weights".split()
         out = factorized_point_attention(
             *(x[name] for name in first),
-            (x["b1"], x["b2"]) if with_bias else None,
-            (x["z1"], x["z2"]) if with_pair else None,
+            (x["b1"], x["b2"]) if x["b1"] is not None else None,
+            (x["z1"], x["z2"]) if x["z1"] is not None else None,
             x["mask"],
             config=config,
         )
@@ -246,7 +254,7 @@ def _factorized(n: int, b: int, masked: bool, size: int, seed: int, away: float 
 
 
 def _edge_transition(n: int, b: int, masked: bool, size: int, seed: int) -> Case:
-    cn, cz, cz_out = ((5, 13, 15), (16, 32, 32))[size]
+    cn, cz, cz_out = ((5, 13, 15), (16, 32, 32), (128, 128, 128))[size]
     hidden = cz + 2 * cn
     r = Random(seed)
     mask = r.mask(b, n) if masked else None
@@ -282,7 +290,7 @@ def _edge_transition(n: int, b: int, masked: bool, size: int, seed: int) -> Case
 
 
 def _edge_features(n: int, b: int, masked: bool, size: int, seed: int) -> Case:
-    f, cz, bins = ((6, 13, 7), (16, 32, 22))[size]
+    f, cz, bins = ((6, 13, 7), (16, 32, 22), (64, 128, 22))[size]
     r = Random(seed)
     mask = r.mask(b, n) if masked else None
     # Self-conditioning starts from zeros: every distance is then 0, and in no bin.
@@ -343,7 +351,7 @@ def _edge_features(n: int, b: int, masked: bool, size: int, seed: int) -> Case:
 
 
 def _edge_transition_attention(n: int, b: int, masked: bool, size: int, seed: int) -> Case:
-    h, c, p, pv, cn, cz = ((3, 4, 2, 5, 5, 13), (4, 16, 4, 8, 16, 32))[size]
+    h, c, p, pv, cn, cz = ((3, 4, 2, 5, 5, 13), (4, 16, 4, 8, 16, 32), (8, 16, 8, 12, 128, 128))[size]
     hidden = cz + 2 * cn
     r = Random(seed)
     ipa, edge = _ipa(n, b, masked, size, seed), _edge_transition(n, b, masked, size, seed)
@@ -399,7 +407,7 @@ def _edge_transition_attention(n: int, b: int, masked: bool, size: int, seed: in
 
 
 def _attention(n: int, b: int, masked: bool, size: int, seed: int, dropout: float = 0.0) -> Case:
-    h, d = ((3, 5), (4, 16))[size]
+    h, d = ((3, 5), (4, 16), (4, 64))[size]
     r = Random(seed)
     mask = r.mask(b, n) if masked else None
     values: dict[str, Tensor | None] = {name: r.normal(b, n, h, d) for name in ("q", "k", "v")}

@@ -45,7 +45,64 @@ Variant = tuple[str, str, bool]
 #: Bytes of shared memory a block -> kernel, type of z and way -> heads and channels of a tile -> the tile. Chosen by
 #: shared memory, registers and spills as compiled ahead of time (tests/goldens/triton/ipa_usage.json); nothing has been
 #: timed. A size takes the next larger heads and channels, whose memory holds it.
-TABLE: Mapping[int, Mapping[Variant, Mapping[tuple[int, int], Tile]]] = {}
+TABLE: Mapping[int, Mapping[Variant, Mapping[tuple[int, int], Tile]]] = {
+    166_912: {
+        (FORWARD, HALF, FUSED): {
+            (8, 128): (8, 16, 8, 2),
+        },
+        (FORWARD, HALF, WIDE): {
+            (8, 128): (8, 16, 8, 3),
+        },
+        (FORWARD, EXACT, WIDE): {
+            (8, 128): (4, 16, 8, 3),
+        },
+        (BACKWARD, HALF, FUSED): {
+            (8, 128): (4, 16, 8, 2),
+        },
+        (BACKWARD, HALF, WIDE): {
+            (8, 128): (8, 16, 8, 2),
+        },
+        (BACKWARD, EXACT, WIDE): {
+        },
+    },
+    101_376: {
+        (FORWARD, HALF, FUSED): {
+            (8, 128): (4, 16, 8, 2),
+        },
+        (FORWARD, HALF, WIDE): {
+            (8, 128): (8, 16, 8, 3),
+        },
+        (FORWARD, EXACT, WIDE): {
+            (8, 128): (4, 16, 8, 2),
+        },
+        (BACKWARD, HALF, FUSED): {
+        },
+        (BACKWARD, HALF, WIDE): {
+        },
+        (BACKWARD, EXACT, WIDE): {
+        },
+    },
+    232_448: {
+        (FORWARD, HALF, FUSED): {
+            (8, 128): (8, 16, 8, 3),
+        },
+        (FORWARD, HALF, WIDE): {
+            (8, 128): (8, 16, 8, 3),
+        },
+        (FORWARD, EXACT, WIDE): {
+            (8, 128): (4, 16, 8, 3),
+        },
+        (BACKWARD, HALF, FUSED): {
+            (8, 128): (8, 16, 8, 2),
+        },
+        (BACKWARD, HALF, WIDE): {
+            (8, 128): (8, 16, 8, 3),
+        },
+        (BACKWARD, EXACT, WIDE): {
+            (8, 128): (1, 16, 8, 2),
+        },
+    },
+}
 
 
 def width(size: int, least: int = 16) -> int:

@@ -1,0 +1,48 @@
+"""Padded self-attention through flash-attn: over the tokens that are there, so that padding costs nothing."""
+
+from types import ModuleType
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .. import flash_attn
+from ..flash_attn import NEEDS, attend
+from ..registry import register
+from ..requests import KernelFunction, Reason, Request
+
+library: ModuleType
+
+
+def supports(request: Request) -> list[Reason]:
+    """Every reason against `request`."""
+    return flash_attn.against(request, request.dims["d"])
+
+
+def run(
+    q: Float[Tensor, "b n h d"],
+    k: Float[Tensor, "b n h d"],
+    v: Float[Tensor, "b n h d"],
+    mask: Bool[Tensor, "b n"] | None = None,
+    keep: Bool[Tensor, "b h n n"] | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "b n h d"]:
+    """Attend; dropout is refused by `supports`."""
+    assert keep is None and not dropout
+    return attend(library, q, k, v, mask, scale=q.shape[-1] ** -0.5)
+
+
+def load() -> KernelFunction:
+    global library
+    library = flash_attn.library()
+    return run
+
+
+register(
+    operation="attention",
+    name="flash_attn",
+    needs=NEEDS,
+    supports=supports,
+    load=load,
+    # Its backward pass adds up dq in whatever order the blocks come.
+    deterministic=False,
+)
