@@ -88,8 +88,9 @@ class _Call:
         """Run a pass as the chip runs it best."""
         sizes = {"h": self.h, "cz": self.cz, "d": self.d - 1, "dv": self.dv}
         plans = plans_for(self.capability, kernel, self.z.dtype, **sizes)
-        words = {"kernel": kernel, "z": str(self.z.dtype), "b": length_class(self.b), "n": length_class(self.n)}
-        return _TILES.run({**words, **sizes}, plans, run, self.q.device)
+        words: dict[str, int | str] = {"kernel": kernel, "z": str(self.z.dtype), **sizes}
+        words |= {"b": length_class(self.b), "n": length_class(self.n)}
+        return _TILES.run(words, plans, run, self.q.device)
 
     def parts(self, plan: Plan) -> tuple[int, int]:
         """In how many parts the keys are cut, so that a short batch fills a chip, and the blocks of keys in each.
@@ -187,6 +188,7 @@ def _forward_as(plan: Plan, call: _Call, bias_weight: Tensor) -> tuple[Tensor, T
     pairs = call.q.new_empty(parts, call.b, call.n, call.h, call.cz)
     lses = call.q.new_empty(parts, call.b, call.h, call.n)
     nothing = lses
+    operands: tuple[Tensor, ...]
     if plan.fused:
         queries, scale = call.queries()
         values, logits = call.values(), nothing
@@ -264,13 +266,14 @@ def _backward_as(
     stored = (torch.float16, torch.bfloat16) if call.halves else (torch.float32,) * 2
     weights, d_logits = (q.new_empty(call.b, call.h, call.n, call.padded, dtype=dtype) for dtype in stored)
     nothing = delta
+    operands: tuple[Tensor, ...]
     if plan.fused:
         queries, scale = call.queries()
         asked = d_out * call.value_scale()
         asked_scale = _power(asked, -1) if call.halves else torch.ones_like(asked[..., :1])
         asked = _terms(asked / asked_scale, call.n, call.halves)
-        operands = (queries, scale, call.keys(), call.key_bias(), asked, asked_scale.contiguous(), call.values())
-        operands = (*operands, nothing, nothing)
+        asked_scale = asked_scale.contiguous()
+        operands = (queries, scale, call.keys(), call.key_bias(), asked, asked_scale, call.values(), nothing, nothing)
     else:
         d_weights = q.new_empty(call.b, call.h, call.n, call.padded)
         d_weights[..., : call.n] = d_out @ call.v.transpose(-1, -2)

@@ -34,7 +34,8 @@ class Plan(NamedTuple):
 
 #: The widest lifted head, without its norm, that is served by computing all of the logits in the kernel.
 FUSED_WIDTH = 64
-HEADS, CHANNELS = (8, 16, 32), (128, 256)
+#: Heads and channels of tiles. More heads than a tile has are served in groups, for each of which z is loaded.
+HEADS, CHANNELS = (8,), (128,)
 FORWARD, BACKWARD = "forward", "backward"
 EXACT, HALF = "float32", "16 bits"
 FUSED, WIDE = True, False
@@ -47,63 +48,29 @@ Variant = tuple[str, str, bool]
 #: timed. A size takes the next larger heads and channels, whose memory holds it.
 TABLE: Mapping[int, Mapping[Variant, Mapping[tuple[int, int], Tile]]] = {
     166_912: {
-        (FORWARD, HALF, FUSED): {
-            (8, 128): (8, 16, 8, 2),
-        },
-        (FORWARD, HALF, WIDE): {
-            (8, 128): (8, 16, 8, 3),
-        },
-        (FORWARD, EXACT, WIDE): {
-            (8, 128): (4, 16, 8, 3),
-        },
-        (BACKWARD, HALF, FUSED): {
-            (8, 128): (4, 16, 8, 2),
-        },
-        (BACKWARD, HALF, WIDE): {
-            (8, 128): (8, 16, 8, 2),
-        },
-        (BACKWARD, EXACT, WIDE): {
-        },
+        (FORWARD, HALF, FUSED): {(8, 128): (8, 16, 8, 2)},
+        (FORWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3)},
+        (FORWARD, EXACT, WIDE): {(8, 128): (4, 16, 8, 3)},
+        (BACKWARD, HALF, FUSED): {(8, 128): (4, 16, 8, 2)},
+        (BACKWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 2)},
+        (BACKWARD, EXACT, WIDE): {(8, 128): (2, 16, 8, 2)},
     },
     101_376: {
-        (FORWARD, HALF, FUSED): {
-            (8, 128): (4, 16, 8, 2),
-        },
-        (FORWARD, HALF, WIDE): {
-            (8, 128): (8, 16, 8, 3),
-        },
-        (FORWARD, EXACT, WIDE): {
-            (8, 128): (4, 16, 8, 2),
-        },
-        (BACKWARD, HALF, FUSED): {
-        },
-        (BACKWARD, HALF, WIDE): {
-        },
-        (BACKWARD, EXACT, WIDE): {
-        },
+        (FORWARD, HALF, FUSED): {(8, 128): (4, 16, 8, 2)},
+        (FORWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3)},
+        (FORWARD, EXACT, WIDE): {(8, 128): (4, 16, 8, 2)},
+        (BACKWARD, HALF, WIDE): {(8, 128): (4, 16, 8, 2)},
+        (BACKWARD, EXACT, WIDE): {(8, 128): (2, 16, 8, 2)},
     },
     232_448: {
-        (FORWARD, HALF, FUSED): {
-            (8, 128): (8, 16, 8, 3),
-        },
-        (FORWARD, HALF, WIDE): {
-            (8, 128): (8, 16, 8, 3),
-        },
-        (FORWARD, EXACT, WIDE): {
-            (8, 128): (4, 16, 8, 3),
-        },
-        (BACKWARD, HALF, FUSED): {
-            (8, 128): (8, 16, 8, 2),
-        },
-        (BACKWARD, HALF, WIDE): {
-            (8, 128): (8, 16, 8, 3),
-        },
-        (BACKWARD, EXACT, WIDE): {
-            (8, 128): (1, 16, 8, 2),
-        },
+        (FORWARD, HALF, FUSED): {(8, 128): (8, 16, 8, 3)},
+        (FORWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3)},
+        (FORWARD, EXACT, WIDE): {(8, 128): (4, 16, 8, 3)},
+        (BACKWARD, HALF, FUSED): {(8, 128): (8, 16, 8, 2)},
+        (BACKWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3)},
+        (BACKWARD, EXACT, WIDE): {(8, 128): (2, 16, 8, 2)},
     },
 }
-
 
 def width(size: int, least: int = 16) -> int:
     """How wide a tile is for `size` columns: a power of two."""
@@ -137,13 +104,13 @@ def plans_for(
         ValueError: There is none, which `reasons_against` would have said.
     """
     table = TABLE.get(shared_memory(capability), {})
-    heads, channels = cell = _cell(h, cz)
+    cell = _cell(h, cz)
     found = []
     for way in (FUSED, WIDE):
         tile = table.get((kernel, _type(dtype), way), {}).get(cell)
         if tile is not None and (way is WIDE or max(d, dv) <= FUSED_WIDTH):
             queries, keys, warps, stages = tile
-            found.append(Plan(way, queries, keys, heads, warps, stages))
+            found.append(Plan(way, queries, keys, cell[0], warps, stages))
     if not found:
         raise ValueError(f"the Triton kernels have no tile for {h} heads and pairs of {cz} in {dtype}")
     first = found[0]
@@ -163,9 +130,7 @@ def reasons_against(request: Request) -> list[Reason]:
     if request.capability is None:
         why = "AMD's compiler makes plain multiply-adds of its products, with hundreds of registers spilled"
         return [*reasons, Reason(why, "use kernel 'torch'")]
-    h, cz = request.dims["h"], request.dims["cz"]
-    if h > HEADS[-1]:
-        reasons.append(Reason(f"{h} heads are too many for a program: {HEADS[-1]} is the limit"))
+    h, cz = min(request.dims["h"], HEADS[-1]), request.dims["cz"]
     if cz > CHANNELS[-1]:
         reasons.append(Reason(f"pairs of {cz} take too much shared memory: {CHANNELS[-1]} is the limit"))
     if not reasons and (kernel := _without_tile(request)):
@@ -177,7 +142,7 @@ def reasons_against(request: Request) -> list[Reason]:
 def _without_tile(request: Request) -> str:
     """A pass that has no tile; empty where all have one. z may be narrower than the rest."""
     table = TABLE.get(shared_memory(request.capability), {})
-    cell = _cell(request.dims["h"], request.dims["cz"])
+    cell = _cell(min(request.dims["h"], HEADS[-1]), request.dims["cz"])
     types = {HALF, _type(request.dtype)}
     passes = (FORWARD, BACKWARD) if request.grad else (FORWARD,)
     return next((kernel for kernel in passes for z in types if cell not in table.get((kernel, z, WIDE), {})), "")

@@ -33,9 +33,10 @@ from tests import kernel_cases as cases
 OPERATION = "invariant_point_attention"
 #: What an error may be beyond twice plain PyTorch's, as a part of the largest value.
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}
-#: Beyond that rule beside a 16-bit z: the weights are rounded before their product with z, and with their gradients
-#: before the products with queries and keys, where the definition computes in float32 and rounds its results only.
-EXCEEDS = {torch.float32: 1.0, torch.bfloat16: 2.5, torch.float16: 2.5}
+#: Beyond that rule beside a 16-bit z: weights and their gradients are rounded before their products, where the
+#: definition computes in float32 and rounds its results only; and gradients to bfloat16, beside float16 too, where they would
+#: underflow. Up to 1.2 was seen in bfloat16, 2.3 in float16.
+EXCEEDS = {torch.float32: 1.0, torch.bfloat16: 1.5, torch.float16: 2.5}
 
 
 
@@ -73,8 +74,34 @@ FAULTS: Mapping[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
 }
 
 
+def truncated(x: Any) -> Any:
+    """float32 with the digits that tf32 holds."""
+    return (x.view(numpy.uint32) & numpy.uint32(0xFFFFE000)).view(numpy.float32)
+
+
+def multiply_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32's products as a GPU makes them of three of tf32; the interpreter alone would multiply exactly."""
+    exactly = interpreter.InterpreterBuilder.create_dot
+
+    def dot(of: Any, a: Any, b: Any, sums: Any, precision: Any, *more: Any) -> Any:
+        if "TF32x3" not in str(precision):
+            return exactly(of, a, b, sums, precision, *more)
+        a_high, b_high = truncated(numpy.ascontiguousarray(a.data)), truncated(numpy.ascontiguousarray(b.data))
+        a_low, b_low = truncated(a.data - a_high), truncated(b.data - b_high)
+        low = numpy.matmul(a_low, b_high) + numpy.matmul(a_high, b_low)
+        return interpreter.TensorHandle(sums.data + low + numpy.matmul(a_high, b_high), sums.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
 def measure(asked: dict[str, Any]) -> dict[str, Any]:
     """Compare with the definition in float64."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        multiply_in_tf32(monkeypatch)
+        return compare(asked)
+
+
+def compare(asked: dict[str, Any]) -> dict[str, Any]:
     dtype, variant = getattr(torch, asked["dtype"]), asked["variant"]
     of_z = getattr(torch, asked["z"] or asked["dtype"])
     batch = 1 if variant == "plain" else 3
@@ -225,7 +252,7 @@ def far_apart(asked: dict[str, Any]) -> dict[str, Any]:
     """Rows of z more than 2^31 numbers apart give what they give side by side."""
     plan(asked)
     q, k, v, z, *rest = operands(asked)
-    b, n, _, cz = z.shape
+    _, n, _, cz = z.shape
     # Memory that is never touched is never taken.
     far = 2**31 + 64
     strides = {"rows": (cz * n, far, cz, 1), "keys": (cz * n, cz, far, 1), "items": (far, cz * n, cz, 1)}
