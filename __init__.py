@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .compat.accelerate import accelerate, restore
     from .configs.kernel import KernelConfig
     from .kernels.binding import bind
     from .kernels.explanation import explain
@@ -18,11 +19,13 @@ _HOMES = {
     "KernelConfig": ".configs.kernel",
     "KernelFallbackWarning": ".kernels.registry",
     "KernelUnavailable": ".kernels.registry",
+    "accelerate": ".compat.accelerate",
     "bind": ".kernels.binding",
     "decide": ".kernels.registry",
     "explain": ".kernels.explanation",
     "record_kernels": ".kernels.registry",
     "register": ".kernels.registry",
+    "restore": ".compat.accelerate",
 }
 
 __all__ = [
@@ -30,11 +33,13 @@ __all__ = [
     "KernelFallbackWarning",
     "KernelUnavailable",
     "__version__",
+    "accelerate",
     "bind",
     "decide",
     "explain",
     "record_kernels",
     "register",
+    "restore",
 ]
 
 

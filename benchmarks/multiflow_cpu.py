@@ -208,7 +208,7 @@ def build_original(component: str, dropout: float) -> nn.Module:
     return module
 
 
-def build_ours(component: str, dropout: float, precision: str) -> nn.Module:
+def build_ours(component: str, dropout: float, kernel: object) -> nn.Module:
     """One of foldkernels' modules, weights drawn and kernels bound."""
     import foldkernels
     from foldkernels.compat.multiflow import FlowModel
@@ -233,7 +233,7 @@ def build_ours(component: str, dropout: float, precision: str) -> nn.Module:
     else:
         module = FlowModel(config)
     draw_weights(module)
-    foldkernels.bind(module, {"preset": "auto", "precision": precision})
+    foldkernels.bind(module, kernel)
     return module
 
 
@@ -270,12 +270,15 @@ def _frames(module: nn.Module, rotations: Tensor, trans: Tensor) -> Any:
     return Rigid(rotations, trans)
 
 
+Call = Callable[[str, nn.Module, Mapping[str, Tensor]], dict[str, Tensor]]
+
+
 def loss(outputs: Mapping[str, Tensor], mask: Tensor) -> Tensor:
     """A scalar that reaches every output of the valid residues, with random directions so that nothing cancels."""
     generator = torch.Generator().manual_seed(1)
     total = mask.new_zeros(())
     for value in outputs.values():
-        direction = torch.randn(value.shape, generator=generator).to(value.dtype)
+        direction = torch.randn(value.shape, generator=generator).to(value)
         total = total + (value * direction)[_valid(mask, value)].mean()
     return total
 
@@ -302,7 +305,7 @@ def _rounding(task: Task, ours: bool) -> Iterator[None]:
 def _build(task: Task, ours: bool, dropout: float) -> nn.Module:
     """The module of one side, in the row's mode."""
     if ours and not task.self_check:
-        module = build_ours(task.component, dropout, task.precision)
+        module = build_ours(task.component, dropout, {"preset": "auto", "precision": task.precision})
     else:
         module = build_original(task.component, dropout)
     return module.train(task.mode == "step")
@@ -331,7 +334,7 @@ def runner(task: Task, ours: bool) -> Callable[[], object]:
     return step if task.mode == "step" else forward
 
 
-def results(task: Task, module: nn.Module, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def results(task: Task, module: nn.Module, x: Mapping[str, Tensor], call: Call = call) -> dict[str, Tensor]:
     """Everything that the check compares: outputs of valid rows, and in a step all gradients."""
     step = task.mode == "step"
     leaves = {"s": x["s"], "z": x["z"]} if step and task.component != "model" else {}
@@ -373,16 +376,33 @@ def check(task: Task) -> tuple[bool, str]:
     with _rounding(plain, ours=False):
         theirs = results(task, _build(task, False, 0.0), inputs())
     ours = results(task, _build(task, True, 0.0), inputs())
+    correct, words = judge(task.component, task.precision, truth, theirs, ours)
+    return correct, f"{words}, L={length}"
+
+
+#: What an error may be beyond plain PyTorch's, as a part of the tensor's largest value, and how far off the norm of a
+#: whole model's gradient may be.
+FLOORS = {"float32": (1e-6, 1e-2), "tf32": (5e-4, 0.2), "bfloat16": (2e-3, 0.5)}
+
+
+def judge(
+    component: str,
+    precision: str,
+    truth: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    ours: Mapping[str, Tensor],
+) -> tuple[bool, str]:
+    """Compare what `results` found on three sides; see `check` for the rule."""
     missing = truth.keys() - ours.keys()
     if missing:
         return False, f"no {', '.join(sorted(missing))}"
 
-    factor = 4.0 if task.component == "model" else 2.0
-    floor = 2e-3 if task.precision == "bfloat16" else 1e-6
+    factor = 4.0 if component == "model" else 2.0
+    floor, most = FLOORS[precision]
     largest_gradient = max((float(v.abs().max()) for k, v in truth.items() if k.startswith("grad")), default=0.0)
     worst, words = -1.0, ""
-    if task.component == "model":
-        held, judged = gradients_hold(truth, theirs, ours, factor, floor, 0.5 if task.precision == "bfloat16" else 1e-2)
+    if component == "model":
+        held, judged = gradients_hold(truth, theirs, ours, factor, floor, most)
         if not held:
             return False, judged
         truth = {name: exact for name, exact in truth.items() if not name.startswith("grad")}
@@ -393,7 +413,7 @@ def check(task: Task) -> tuple[bool, str]:
         share = error / (factor * plain_error + floor * scale)
         if not share <= worst:  # also takes NaN
             worst = share
-            words = f"{name}: {error:.1e} (plain PyTorch {plain_error:.1e}) of {scale:.1e}, L={length}"
+            words = f"{name}: {error:.1e} (plain PyTorch {plain_error:.1e}) of {scale:.1e}"
         if math.isnan(share):
             break
     return worst <= 1.0, words

@@ -35,6 +35,9 @@ class KernelConfig(BaseModel):
     invariant_point_attention: str | None = Field(
         default=None, description="Kernel required for invariant point attention."
     )
+    factorized_point_attention: str | None = Field(
+        default=None, description="Kernel required for FlashIPA's attention, whose pair representation is two factors."
+    )
     attention: str | None = Field(
         default=None, description="Kernel required for padded self-attention over the sequence."
     )

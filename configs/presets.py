@@ -15,6 +15,7 @@ Lists = Mapping[str, Mapping[Device, Candidates]]
 OPERATIONS: tuple[str, ...] = (
     "edge_features",
     "invariant_point_attention",
+    "factorized_point_attention",
     "attention",
     "edge_transition",
     "triangle_attention",
@@ -41,7 +42,17 @@ def _everywhere(candidates: Candidates, cuda: Mapping[str, Candidates] | None = 
 _CUEQUIVARIANCE: Mapping[str, Candidates] = dict.fromkeys(
     ("triangle_attention", "triangle_multiplication", "attention_pair_bias"), ("cuequivariance",)
 )
-_LIBRARIES: Mapping[str, Candidates] = {**_CUEQUIVARIANCE, "triangle_attention": ("cuequivariance", "trifast")}
+_LIBRARIES: Mapping[str, Candidates] = {
+    **_CUEQUIVARIANCE,
+    "triangle_attention": ("cuequivariance", "trifast"),
+    "factorized_point_attention": ("flash_attn",),
+}
+# Kernels that never hold the attention matrix, nor touch padding.
+_FLASH: Mapping[str, Candidates] = {
+    "attention": ("flash_attn",),
+    "factorized_point_attention": ("flash_attn",),
+    "triangle_attention": ("trifast",),
+}
 # Our own. Interpreted and compiled so far, never run on a GPU: they stand under their own word until they have been.
 _TRITON: Mapping[str, Candidates] = dict.fromkeys(("triangle_attention", "attention_pair_bias"), ("triton",))
 
@@ -55,7 +66,7 @@ PRESETS: Mapping[str, Lists] = MappingProxyType(
         # PyTorch's own operators only.
         "torch": _everywhere(_STREAMED),
         # Kernels that never hold the attention matrix.
-        "flash": _everywhere(_STREAMED, cuda={"triangle_attention": ("trifast",)}),
+        "flash": _everywhere(_STREAMED, cuda=_FLASH),
         # Our own Triton kernels, where an operation has one.
         "triton": _everywhere(_STREAMED, cuda=_TRITON),
         # NVIDIA's library, where it has a kernel for the operation.

@@ -21,8 +21,6 @@ import triton.language as tl
 
 from ._biased_attention_triton import (
     KERNELS,
-    LOG2E,
-    dot,
     load_bias,
     load_columns,
     load_reach,
@@ -30,6 +28,7 @@ from ._biased_attention_triton import (
     split,
     store_rows,
 )
+from ._triton_common import LOG2E, dot
 
 
 @triton.jit
@@ -154,9 +153,7 @@ def bias_kernel(  # type: ignore[no-untyped-def]
     lse += (item * heads + head) * rows * queries
     delta += (item * heads + head) * rows * queries
     reach += item * rows * padded_keys
-    bias_tile = load_bias(
-        bias + item * bias_b + head * bias_h, i[:, None], j[None, :], bias_i, queries, padded_keys
-    )
+    bias_tile = load_bias(bias + item * bias_b + head * bias_h, i[:, None], j[None, :], bias_i, queries, padded_keys)
     sums = tl.zeros([I, J], tl.float32)
     for row in range(first, last):
         q_tile = load_rows(q + row * q_r, i, q_i, queries, D, WIDTH)

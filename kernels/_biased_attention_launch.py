@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import _biased_attention_backward_triton, machine  # noqa: F401 - the first adds its kernels
 from ._biased_attention_tiles import Tile, tile_for, width
-from ._biased_attention_triton import INTERPRETED, KERNELS
+from ._biased_attention_triton import KERNELS
+from ._triton_common import INTERPRETED
 from .custom import no_double_backward
 
 _ALIGNED = 16  # elements; Triton reads in vectors where a size is a multiple of this

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from .chips import reasons_against_chip, reasons_against_type
 from .requests import Reason, Request
 
 
@@ -20,21 +21,10 @@ class Tile(NamedTuple):
     stages: int
 
 
-#: Bytes that a thread block may ask for, by compute capability: from it on, up to the next.
-SHARED_MEMORY: Mapping[tuple[int, int], int] = {
-    (8, 0): 166_912,
-    (8, 6): 101_376,
-    (8, 7): 166_912,
-    (8, 9): 101_376,
-    (9, 0): 232_448,
-    (12, 0): 101_376,
-}
-
 KERNELS = ("forward", "queries", "keys", "bias")
 
 #: Chips that like the same tiles. AMD's have no compute capability; their 64 KiB of local memory hold one buffer each.
 SMALL, LARGE, AMD = "8.x and 12.x", "9.0 and 10.x", "AMD"
-AMD_SHARED_MEMORY = 65_536
 EXACT = "float32"  # exact products, on the ordinary units: a thread holds more of the tile
 HALF = "16 bits"
 
@@ -77,11 +67,6 @@ def width(d: int) -> int:
     return max(16, 1 << (d - 1).bit_length())
 
 
-def shared_memory(capability: tuple[int, int]) -> int:
-    """Bytes that a thread block of such a chip may ask for."""
-    return next((size for first, size in reversed([*SHARED_MEMORY.items()]) if capability >= first), 0)
-
-
 def chips(capability: tuple[int, int] | None) -> str:
     """Which part of `TILES` a chip of a compute capability reads; None is AMD's."""
     if capability is None:
@@ -109,16 +94,12 @@ def tile_for(capability: tuple[int, int] | None, kernel: str, dtype: torch.dtype
 
 def reasons_against(request: Request) -> list[Reason]:
     """The `supports` of both operations."""
+    reasons = reasons_against_chip(request)
     if request.device != "cuda":
-        return [Reason(f"it runs on NVIDIA and AMD GPUs, not on {request.device}")]
-    reasons = []
-    if request.capability is not None and request.capability < (8, 0):
-        chip = ".".join(map(str, request.capability))
-        reasons.append(Reason(f"it wants compute capability 8.0 or more, and this is {chip}"))
-    word = str(request.dtype).removeprefix("torch.")
-    if request.dtype not in _TYPES:
-        reasons.append(Reason(f"it computes in float32, bfloat16 and float16, not in {word}", "cast q, k and v"))
         return reasons
+    if wrong_type := reasons_against_type(request):
+        return reasons + wrong_type
+    word = str(request.dtype).removeprefix("torch.")
     d, largest = request.dims["d"], max(TILES[chips(request.capability)][_TYPES[request.dtype]])
     if d > largest:
         reasons.append(Reason(f"heads of {d} take too much shared memory: in {word}, {largest} is the limit"))

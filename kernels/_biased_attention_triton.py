@@ -12,15 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def dot(a, b, sum_, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Add the product of a and b to `sum_`, in float32."""
-    if INTERPRETED:  # the interpreter multiplies the bits of bfloat16, not its values
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sum_, input_precision=PRECISION)
+from ._triton_common import LOG2E, dot
 
 
 @triton.jit
@@ -138,9 +130,6 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     lse += ((item * heads + head) * rows + row) * queries
     tl.store(lse + i, tl.where(empty, float("inf"), top + tl.log2(total)), mask=i < queries)
 
-
-#: Whether the kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1).
-INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 #: Kernel name -> kernel; the backward's file adds its own.
 KERNELS: dict[str, Any] = {"forward": forward_kernel}

@@ -22,11 +22,13 @@ class Use:
         operation: Its name.
         dims: The sizes that do not change from call to call.
         options: Optional features that the call may use.
+        dtype: The type in which the call computes, where it is not that of the model's parameters.
     """
 
     operation: str
     dims: Mapping[str, int]
     options: tuple[str, ...] = ()
+    dtype: torch.dtype | None = None
 
 
 @runtime_checkable
@@ -130,11 +132,14 @@ def bind(
     Warns:
         KernelFallbackWarning: Once, if a first choice cannot run and the configuration says `fallback: warn`.
     """
-    resolved = resolve_kernel(kernel, command_line=command_line, file=file)
+    return bind_modules(users_of(model), place_of(model), resolve_kernel(kernel, command_line=command_line, file=file))
+
+
+def bind_modules(users: Iterable[tuple[str, Bindable]], place: "Place", resolved: ResolvedKernel) -> BindReport:
+    """Do what `bind` does for these modules, given by name; it says what is raised and warned."""
+    users = list(users)
     words = token(resolved.config)
-    place = place_of(model)
     bound, refused, errors = [], [], {}
-    users = users_of(model)
     for name, module in users:
         decisions = []
         for use in module.kernel_uses():
@@ -202,7 +207,7 @@ def requests_of(
                 operation=use.operation,
                 device=place.device,
                 capability=place.capability,
-                dtype=place.dtype,
+                dtype=use.dtype or place.dtype,
                 dims=Dims({operations()[use.operation].length: length, **use.dims}),
                 precision=config.precision,
                 grad=grad,
@@ -239,5 +244,5 @@ def _warn(report: BindReport) -> None:
         warnings.warn(
             f"preset {report.resolved.config.preset!r} falls back:\n  " + "\n  ".join(lines),
             KernelFallbackWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -1,9 +1,9 @@
 """Multiflow's edge feature network as a layer."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from ..kernels.binding import Use
@@ -21,27 +21,18 @@ class EdgeFeatureNet(KernelModule):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.c_p: int = config.c_p
         self.num_bins: int = config.num_bins
         self.embed_chain: bool = config.embed_chain
         self.embed_diffuse_mask: bool = config.embed_diffuse_mask
         self.linear_s_p = nn.Linear(config.c_s, config.feat_dim)
         self.linear_relpos = nn.Linear(config.feat_dim, config.feat_dim)
         features = 3 * config.feat_dim + 2 * config.num_bins + self.embed_chain + 2 * self.embed_diffuse_mask
-        self.edge_embedder = nn.Sequential(
-            nn.Linear(features, config.c_p),
-            nn.ReLU(),
-            nn.Linear(config.c_p, config.c_p),
-            nn.ReLU(),
-            nn.Linear(config.c_p, config.c_p),
-            nn.LayerNorm(config.c_p),
-        )
+        self.edge_embedder = pair_perceptron(features, config.c_p)
 
     def kernel_uses(self) -> list[Use]:
         """Edge features."""
         options = [name for name, on in (("chain", self.embed_chain), ("diffuse", self.embed_diffuse_mask)) if on]
-        dims = {"f": self.linear_s_p.out_features, "cz": self.c_p, "bins": self.num_bins}
-        return [Use("edge_features", dims, tuple(options))]
+        return [pair_features_use(self, self.num_bins, *options)]
 
     def forward(
         self,
@@ -67,23 +58,73 @@ class EdgeFeatureNet(KernelModule):
             mask: In place of `p_mask`: 1 (or True) for residues that take part. Costs nothing extra.
             out_dtype: The floating type of the result.
         """
-        layers: Any = self.edge_embedder
-        out = edge_features(
-            self.linear_s_p(s),
+        out = embed_pairs(
+            self,
+            s,
             t,
             sc_t,
+            self.num_bins,
             chain_idx if self.embed_chain else None,
             diffuse_mask if self.embed_diffuse_mask else None,
-            self.linear_relpos.weight,
-            self.linear_relpos.bias,
-            (layers[0].weight, layers[2].weight, layers[4].weight),
-            (layers[0].bias, layers[2].bias, layers[4].bias),
-            layers[5].weight,
-            layers[5].bias,
             None if mask is None else boolean(mask),
-            num_bins=self.num_bins,
-            eps=layers[5].eps,
             out_dtype=out_dtype,
             config=self.kernel_config,
         )
         return out if p_mask is None else out * p_mask[..., None].to(out.dtype)
+
+
+class PairLayers(Protocol):
+    """The layers that `embed_pairs` reads, under the names of Multiflow and FlashIPA."""
+
+    linear_s_p: nn.Linear
+    linear_relpos: nn.Linear
+    edge_embedder: nn.Sequential
+
+
+def embed_pairs(
+    layers: PairLayers,
+    s: Float[Tensor, "b n c_s"],
+    t: Float[Tensor, "b n 3"],
+    sc_t: Float[Tensor, "b n 3"],
+    num_bins: int,
+    chain_idx: Shaped[Tensor, "b n"] | None = None,
+    diffuse_mask: Float[Tensor, "b n"] | None = None,
+    mask: Bool[Tensor, "b n"] | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    config: str = "",
+) -> Float[Tensor, "b n n c_p"]:
+    """What `EdgeFeatureNet` computes, with any layers that have its parameters."""
+    perceptron: Any = layers.edge_embedder
+    return edge_features(
+        layers.linear_s_p(s),
+        t,
+        sc_t,
+        chain_idx,
+        diffuse_mask,
+        layers.linear_relpos.weight,
+        layers.linear_relpos.bias,
+        (perceptron[0].weight, perceptron[2].weight, perceptron[4].weight),
+        (perceptron[0].bias, perceptron[2].bias, perceptron[4].bias),
+        perceptron[5].weight,
+        perceptron[5].bias,
+        mask,
+        num_bins=num_bins,
+        eps=perceptron[5].eps,
+        out_dtype=out_dtype,
+        config=config,
+    )
+
+
+def pair_features_use(layers: PairLayers, num_bins: int, *options: str) -> Use:
+    """The operation that `embed_pairs` calls."""
+    perceptron: Any = layers.edge_embedder
+    dims = {"f": layers.linear_s_p.out_features, "cz": perceptron[5].normalized_shape[0], "bins": num_bins}
+    return Use("edge_features", dims, options)
+
+
+def pair_perceptron(features: int, c_p: int) -> nn.Sequential:
+    """Three layers and a LayerNorm: the last step of Multiflow's and of FlashIPA's edge features."""
+    return nn.Sequential(
+        nn.Linear(features, c_p), nn.ReLU(), nn.Linear(c_p, c_p), nn.ReLU(), nn.Linear(c_p, c_p), nn.LayerNorm(c_p)
+    )

@@ -14,7 +14,37 @@ from .masks import boolean
 EdgeWeights = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-class EdgeTransition(KernelModule):
+class TransitionLayers(KernelModule):
+    """The layers that edge transitions have, under the names of FrameDiff, Multiflow and FlashIPA.
+
+    Args:
+        node_embed_size: Width of the single representation.
+        edge_embed_in: Width of what is updated: a pair representation, or factors of one.
+        edge_embed_out: Its width afterwards.
+        num_layers: Layers of the perceptron.
+        node_dilation: The single representation is projected to node_embed_size // node_dilation.
+    """
+
+    def __init__(
+        self, *, node_embed_size: int, edge_embed_in: int, edge_embed_out: int, num_layers: int, node_dilation: int
+    ) -> None:
+        super().__init__()
+        share = node_embed_size // node_dilation
+        hidden = 2 * share + edge_embed_in
+        self.initial_embed = Linear(node_embed_size, share, init="relu")
+        layers: list[nn.Module] = []
+        for _ in range(num_layers):
+            layers += [Linear(hidden, hidden, init="relu"), nn.ReLU()]
+        self.trunk = nn.Sequential(*layers)
+        self.final_layer = Linear(hidden, edge_embed_out, init="final")
+        self.layer_norm = nn.LayerNorm(edge_embed_out)
+
+    def kernel_uses(self) -> list[Use]:
+        """None: the layers alone call no kernel."""
+        return []
+
+
+class EdgeTransition(TransitionLayers):
     """Update of the pair representation from itself and the two residues of each pair (FrameDiff, Multiflow).
 
     Args:
@@ -37,45 +67,22 @@ class EdgeTransition(KernelModule):
         num_layers: int = 2,
         node_dilation: int = 2,
     ) -> None:
-        super().__init__()
-        if num_layers != 2:
-            raise ValueError(f"an edge transition has two layers, not {num_layers}")
-        share = node_embed_size // node_dilation
-        hidden = 2 * share + edge_embed_in
-        self.initial_embed = Linear(node_embed_size, share, init="relu")
-        self.trunk = nn.Sequential(
-            Linear(hidden, hidden, init="relu"), nn.ReLU(), Linear(hidden, hidden, init="relu"), nn.ReLU()
+        check_two_layers(num_layers)
+        super().__init__(
+            node_embed_size=node_embed_size,
+            edge_embed_in=edge_embed_in,
+            edge_embed_out=edge_embed_out,
+            num_layers=num_layers,
+            node_dilation=node_dilation,
         )
-        self.final_layer = Linear(hidden, edge_embed_out, init="final")
-        self.layer_norm = nn.LayerNorm(edge_embed_out)
 
     def kernel_uses(self) -> list[Use]:
         """The edge transition."""
-        return [
-            Use(
-                "edge_transition",
-                {
-                    "cn": self.initial_embed.out_features,
-                    "cz": self.final_layer.in_features - 2 * self.initial_embed.out_features,
-                    "cz_out": self.final_layer.out_features,
-                },
-            )
-        ]
+        return [pair_transition_use(self)]
 
     def weights(self) -> EdgeWeights:
         """The operation's weights, in its order."""
-        layers: tuple[Any, ...] = (self.trunk[0], self.trunk[2], self.final_layer, self.layer_norm)
-        first, second, last, norm = layers
-        return (
-            first.weight,
-            first.bias,
-            second.weight,
-            second.bias,
-            last.weight,
-            last.bias,
-            norm.weight,
-            norm.bias,
-        )
+        return transition_weights(self)
 
     def forward(
         self,
@@ -91,11 +98,52 @@ class EdgeTransition(KernelModule):
             mask: 1 (or True) for residues that take part; pairs with another one become zero. The originals multiply
                 by it outside: leave it out, and this layer computes theirs.
         """
-        return edge_transition(
-            self.initial_embed(node_embed),
-            edge_embed,
-            *self.weights(),
-            None if mask is None else boolean(mask),
-            eps=self.layer_norm.eps,
-            config=self.kernel_config,
-        )
+        return update_pairs(self, node_embed, edge_embed, mask)
+
+
+def update_pairs(
+    layer: TransitionLayers,
+    node_embed: Float[Tensor, "b n c_s"],
+    edge_embed: Float[Tensor, "b n n c_z"],
+    mask: Float[Tensor, "b n"] | None = None,
+) -> Float[Tensor, "b n n c_z_out"]:
+    """What `EdgeTransition` computes, with any layer that has its parameters."""
+    return edge_transition(
+        layer.initial_embed(node_embed),
+        edge_embed,
+        *transition_weights(layer),
+        None if mask is None else boolean(mask),
+        eps=layer.layer_norm.eps,
+        config=layer.kernel_config,
+    )
+
+
+def transition_weights(layer: TransitionLayers) -> EdgeWeights:
+    """The operation's weights, in its order."""
+    layers: tuple[Any, ...] = (layer.trunk[0], layer.trunk[2], layer.final_layer, layer.layer_norm)
+    first, second, last, norm = layers
+    return (
+        first.weight,
+        first.bias,
+        second.weight,
+        second.bias,
+        last.weight,
+        last.bias,
+        norm.weight,
+        norm.bias,
+    )
+
+
+def pair_transition_use(layer: TransitionLayers) -> Use:
+    """The operation that `update_pairs` calls."""
+    nodes = layer.initial_embed.out_features
+    return Use(
+        "edge_transition",
+        {"cn": nodes, "cz": layer.final_layer.in_features - 2 * nodes, "cz_out": layer.final_layer.out_features},
+    )
+
+
+def check_two_layers(num_layers: int) -> None:
+    """Raise ValueError where the operation has another number of layers."""
+    if num_layers != 2:
+        raise ValueError(f"an edge transition has two layers, not {num_layers}")

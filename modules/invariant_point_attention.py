@@ -4,19 +4,17 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels.binding import Use
 from ..kernels.invariant_point_attention import invariant_point_attention
-from ..kernels.tensors import without_autocast
-from .kernel_module import KernelModule
-from .linear import Linear
 from .masks import boolean
+from .point_attention import PointAttention, assemble, project
 from .rigid import HasFrames, Rigid
 
 
-class InvariantPointAttention(KernelModule):
+class InvariantPointAttention(PointAttention):
     """Jumper et al. 2021, Supplementary Algorithm 22, with the parameters of OpenFold's and Multiflow's layer.
 
     Args:
@@ -35,6 +33,7 @@ class InvariantPointAttention(KernelModule):
 
     Raises:
         TypeError: A size is missing.
+        ValueError: `c_z` is 0.
     """
 
     def __init__(
@@ -52,39 +51,26 @@ class InvariantPointAttention(KernelModule):
         inf: float = 1e5,
         eps: float = 1e-8,
     ) -> None:
-        super().__init__()
-        self.c_s = _size("c_s", c_s, config)
-        self.c_z = _size("c_z", c_z, config)
-        self.c_hidden = _size("c_hidden", c_hidden, config)
-        self.no_heads = _size("no_heads", no_heads, config)
-        self.no_qk_points = _size("no_qk_points", no_qk_points, config)
-        self.no_v_points = _size("no_v_points", no_v_points, config)
+        super().__init__(
+            c_s=_size("c_s", c_s, config),
+            c_z=_size("c_z", c_z, config),
+            c_hidden=_size("c_hidden", c_hidden, config),
+            no_heads=_size("no_heads", no_heads, config),
+            no_qk_points=_size("no_qk_points", no_qk_points, config),
+            no_v_points=_size("no_v_points", no_v_points, config),
+            down_z=down_z,
+            eps=eps,
+        )
+        if self.c_z < 1:
+            raise ValueError("invariant point attention reads a pair representation: c_z is at least 1")
         self.dropout_prob = float(dropout if dropout is not None else getattr(config, "dropout", 0.0))
-        self.inf, self.eps = inf, eps
-
-        heads = self.no_heads
-        self.linear_q = Linear(self.c_s, heads * self.c_hidden)
-        self.linear_kv = Linear(self.c_s, 2 * heads * self.c_hidden)
-        self.linear_q_points = Linear(self.c_s, 3 * heads * self.no_qk_points)
-        self.linear_kv_points = Linear(self.c_s, 3 * heads * (self.no_qk_points + self.no_v_points))
-        self.linear_b = Linear(self.c_z, heads)
-        self.down_z = Linear(self.c_z, self.c_z // 4) if down_z else None
-        # softplus of this is 1.
-        self.head_weights = nn.Parameter(torch.full((heads,), 0.541324854612918))
-        pair = self.c_z // 4 if down_z else self.c_z
-        self.linear_out = Linear(heads * (pair + self.c_hidden + 4 * self.no_v_points), self.c_s, init="final")
+        self.inf = inf
 
     def kernel_uses(self) -> list[Use]:
         """IPA; with dropped logits when training, if this layer drops any."""
-        dims = {
-            "h": self.no_heads,
-            "c": self.c_hidden,
-            "p": self.no_qk_points,
-            "pv": self.no_v_points,
-            "cz": self.c_z,
-        }
-        dropped = [Use("invariant_point_attention", dims, ("logit_dropout",))] if self.dropout_prob > 0 else []
-        return [Use("invariant_point_attention", dims), *dropped]
+        use = pair_attention_use(self)
+        dropped = [Use(use.operation, use.dims, ("logit_dropout",))] if self.dropout_prob > 0 else []
+        return [use, *dropped]
 
     def forward(
         self,
@@ -109,72 +95,74 @@ class InvariantPointAttention(KernelModule):
         Raises:
             ValueError: A mask or the pair representation does not fit `s`.
         """
-        check_shapes(s, z, mask, attention_mask)
-        lead, n = s.shape[:-2], s.shape[-2]
-        frames = Rigid.of(r)
-        frames = Rigid(frames.get_rot_mats().reshape(-1, n, 3, 3), frames.get_trans().reshape(-1, n, 3))
-        s, z, mask = s.reshape(-1, n, self.c_s), z.reshape(-1, n, n, self.c_z), mask.reshape(-1, n)
-        pair_mask = None if attention_mask is None else boolean(attention_mask.reshape(-1, n, n))
-        q, k, v, q_points, k_points, v_points = self.project(s, frames)
-        out, out_points, out_pair = invariant_point_attention(
-            q,
-            k,
-            v,
-            q_points,
-            k_points,
-            v_points,
-            F.softplus(self.head_weights),
-            z,
-            self.linear_b.weight,
-            boolean(mask),
-            pair_mask,
-            logit_bias=self.linear_b.bias,
-            logit_dropout=self.dropout_prob if self.training else 0.0,
-            config=self.kernel_config,
-        )
-        return self.combine(out, out_points, out_pair, frames).view(*lead, n, self.c_s)
-
-    def project(self, s: Float[Tensor, "b n c_s"], frames: Rigid) -> tuple[Tensor, ...]:
-        """Queries, keys and values [b, n, h, c], and their points [b, n, h, p, 3] in the global frame."""
-        b, n, _ = s.shape
-        heads = self.no_heads
-        q = self.linear_q(s).view(b, n, heads, self.c_hidden)
-        k, v = self.linear_kv(s).view(b, n, heads, 2 * self.c_hidden).split(self.c_hidden, dim=-1)
-        q_points = self._place(self.linear_q_points(s), frames)
-        k_points, v_points = self._place(self.linear_kv_points(s), frames).split(
-            [self.no_qk_points, self.no_v_points], dim=3
-        )
-        return q, k, v, q_points, k_points, v_points
+        dropout = self.dropout_prob if self.training else 0.0
+        return attend_over_pairs(self, s, z, r, mask, attention_mask, logit_dropout=dropout)
 
     def combine(self, out: Tensor, out_points: Tensor, out_pair: Tensor, frames: Rigid) -> Float[Tensor, "b n c_s"]:
         """Points back into each residue's frame, the pair values through `down_z`, all through the last layer."""
-        with without_autocast(out):
-            local = frames.invert_apply(out_points)
-            x, y, z = local.unbind(-1)
-            norms = (x * x + y * y + z * z + self.eps).sqrt()
-        if self.down_z is not None:
-            # The weights sum to one, so the mean of the projections is the projection of the mean.
-            out_pair = self.down_z(out_pair)
-        dtype = out.dtype
-        features = torch.cat(
-            [
-                out.flatten(2),
-                *(axis.flatten(2).to(dtype) for axis in (x, y, z)),
-                norms.flatten(2).to(dtype),
-                out_pair.flatten(2).to(dtype),
-            ],
-            dim=-1,
-        )
-        update: Tensor = self.linear_out(features)
-        # The softmax removes this bias, so its gradient is zero: zero, not absent, or DDP would wait for it.
-        return update + 0.0 * self.linear_b.bias.sum() if torch.is_grad_enabled() else update
+        return combine_over_pairs(self, out, out_points, out_pair, frames)
 
-    def _place(self, flat: Float[Tensor, "b n xyz_points"], frames: Rigid) -> Float[Tensor, "b n h points 3"]:
-        b, n, _ = flat.shape
-        with without_autocast(flat):
-            # xyz is the outermost axis of the layer's output; frames are never held in 16 bits.
-            local = flat.view(b, n, 3, self.no_heads, -1).permute(0, 1, 3, 4, 2).to(frames.trans.dtype)
-            return frames.apply(local)
+
+def attend_over_pairs(
+    layer: Any,
+    s: Float[Tensor, "*b n c_s"],
+    z: Float[Tensor, "*b n n c_z"],
+    r: HasFrames | Rigid,
+    mask: Shaped[Tensor, "*b n"],
+    attention_mask: Shaped[Tensor, "*b n n"] | None = None,
+    *,
+    logit_dropout: float = 0.0,
+) -> Float[Tensor, "*b n c_s"]:
+    """What `InvariantPointAttention` computes, with any layer that has its parameters, of whatever class."""
+    check_shapes(s, z, mask, attention_mask)
+    lead, n = s.shape[:-2], s.shape[-2]
+    frames = Rigid.of(r)
+    frames = Rigid(frames.get_rot_mats().reshape(-1, n, 3, 3), frames.get_trans().reshape(-1, n, 3))
+    s, z, mask = s.reshape(-1, n, layer.c_s), z.reshape(-1, n, n, layer.c_z), mask.reshape(-1, n)
+    pair_mask = None if attention_mask is None else boolean(attention_mask.reshape(-1, n, n))
+    q, k, v, q_points, k_points, v_points = project(layer, s, frames)
+    out, out_points, out_pair = invariant_point_attention(
+        q,
+        k,
+        v,
+        q_points,
+        k_points,
+        v_points,
+        F.softplus(layer.head_weights),
+        z,
+        layer.linear_b.weight,
+        boolean(mask),
+        pair_mask,
+        logit_bias=layer.linear_b.bias,
+        logit_dropout=logit_dropout,
+        config=layer.kernel_config,
+    )
+    return combine_over_pairs(layer, out, out_points, out_pair, frames).view(*lead, n, layer.c_s)
+
+
+def combine_over_pairs(
+    layer: Any, out: Tensor, out_points: Tensor, out_pair: Tensor, frames: Rigid
+) -> Float[Tensor, "b n c_s"]:
+    """What follows the attention over pairs."""
+    down_z = getattr(layer, "down_z", None)
+    if down_z is not None:
+        # The weights sum to one, so the mean of the projections is the projection of the mean.
+        out_pair = down_z(out_pair)
+    update: Tensor = assemble(layer, out, out_points, out_pair, frames)
+    # The softmax removes this bias, so its gradient is zero: zero, not absent, or DDP would wait for it.
+    return update + 0.0 * layer.linear_b.bias.sum() if torch.is_grad_enabled() else update
+
+
+def pair_attention_use(layer: Any) -> Use:
+    """The operation that `attend_over_pairs` calls."""
+    dims = {
+        "h": layer.no_heads,
+        "c": layer.c_hidden,
+        "p": layer.no_qk_points,
+        "pv": layer.no_v_points,
+        "cz": layer.c_z,
+    }
+    return Use("invariant_point_attention", dims)
 
 
 def _size(name: str, given: int | None, config: Any) -> int:

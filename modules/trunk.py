@@ -57,9 +57,7 @@ class Trunk(nn.ModuleDict):
             if backbone_update:
                 self[f"bb_update_{b}"] = BackboneUpdate(c)
             if b < self.num_blocks - 1 or final_edge_update:  # else the last block's pairs would have no reader
-                self[f"edge_transition_{b}"] = EdgeTransition(
-                    node_embed_size=c, edge_embed_in=c_z, edge_embed_out=c_z
-                )
+                self[f"edge_transition_{b}"] = EdgeTransition(node_embed_size=c, edge_embed_in=c_z, edge_embed_out=c_z)
 
     def forward(
         self,
@@ -69,6 +67,7 @@ class Trunk(nn.ModuleDict):
         mask: Bool[Tensor, "b n"],
         moves: Float[Tensor, "b n"],
         *,
+        pair_mask: Bool[Tensor, "b n n"] | None = None,
         consume_z: bool = False,
         keep_z: bool = False,
     ) -> tuple[Float[Tensor, "b n c_s"], Rigid, Float[Tensor, "b n n c_z"] | None]:
@@ -80,6 +79,8 @@ class Trunk(nn.ModuleDict):
             frames: Frames in nanometres.
             mask: True for residues that take part.
             moves: 1 for residues whose frames are updated.
+            pair_mask: True for pairs that take part, if not all pairs of residues that do: each update of the pair
+                representation leaves zeros for the others. Attention does not see it.
             consume_z: Whether z may be overwritten where no backward pass follows: it saves one pair representation.
             keep_z: Whether the pair representation is wanted afterwards.
 
@@ -98,9 +99,13 @@ class Trunk(nn.ModuleDict):
             if b < self.num_blocks - 1:
                 kept = keep_z or self.final_edge_update or b < self.num_blocks - 2
                 overwrite_z = consume_z or b > 0  # from the second block on, the trunk made z itself
-                z, attended = self._pair_pass(b, nodes, z, frames, mask, keep_z=kept, overwrite_z=overwrite_z)
+                if pair_mask is None:
+                    z, attended = self._pair_pass(b, nodes, z, frames, mask, keep_z=kept, overwrite_z=overwrite_z)
+                else:
+                    z = _masked(self[f"edge_transition_{b}"](nodes, z, mask), pair_mask)
+                    attended = self[f"ipa_{b + 1}"](nodes, z, frames, mask)
         if self.final_edge_update:
-            z = self[f"edge_transition_{self.num_blocks - 1}"](nodes, z, mask)
+            z = _masked(self[f"edge_transition_{self.num_blocks - 1}"](nodes, z, mask), pair_mask)
         return nodes, frames, z if keep_z else None
 
     def _pair_pass(
@@ -158,6 +163,10 @@ class Trunk(nn.ModuleDict):
         nodes = nodes + self[f"post_tfmr_{b}"](self[f"seq_tfmr_{b}"](nodes, mask))
         nodes = self[f"node_transition_{b}"](nodes)
         return nodes * there
+
+
+def _masked(z: Tensor, pair_mask: Tensor | None) -> Tensor:
+    return z if pair_mask is None else z * pair_mask[..., None].to(z.dtype)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -423,9 +423,7 @@ def test_what_the_report_promises_is_what_runs() -> None:
     stand_in("other", load=load_b, thresholds=(33,))
     model = layer(dropout=0.25)
     report = bind(model, {"preset": "torch", "fallback": "silent"})
-    promised = {
-        (d.request.dims["n"], d.request.grad, d.request.options): d.kernel.name for d in report.decisions()
-    }
+    promised = {(d.request.dims["n"], d.request.grad, d.request.options): d.kernel.name for d in report.decisions()}
     assert len(promised) == 3 * 2 * 2
     for (n, grad, options), name in promised.items():
         model.train("dropout" in options)

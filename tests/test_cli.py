@@ -243,9 +243,7 @@ def test_nan_among_the_coordinates(call, small, goldens, tmp_path):
     at = next(i for i, line in enumerate(lines) if line.startswith("ATOM") and line[12:16].strip() == "CA")
     lines[at] = lines[at][:30] + "     NaN" + lines[at][38:]
     (tmp_path / "nan.pdb").write_text("".join(lines))
-    done = call(
-        "sample", small, "--task", "inverse_folding", "--pdb", tmp_path / "nan.pdb", "--out", tmp_path / "out"
-    )
+    done = call("sample", small, "--task", "inverse_folding", "--pdb", tmp_path / "nan.pdb", "--out", tmp_path / "out")
     assert is_one_clear_screen(done)
     assert "nan.pdb" in done.err
     assert not (tmp_path / "out").exists()

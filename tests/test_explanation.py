@@ -35,9 +35,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> str:
         reasons = [] if (request.capability or (0, 0)) >= (9, 0) else [Reason("it needs compute capability 9.0")]
         return reasons + ([Reason("it starts at 100 tokens")] if request.dims["n"] < 100 else [])
 
-    kernel = Kernel(
-        "attention", "fused", supports, lambda: print, needs=("triton",), backward=False, thresholds=(100,)
-    )
+    kernel = Kernel("attention", "fused", supports, lambda: print, needs=("triton",), backward=False, thresholds=(100,))
     monkeypatch.setitem(registry._kernels, "attention", {**registry.kernels("attention"), "fused": kernel})
     monkeypatch.setattr(registry, "_thresholds", {})
     normal = registry.candidates

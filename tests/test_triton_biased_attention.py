@@ -3,14 +3,9 @@
 No GPU is needed, and none is used: what a chip makes of that code, and how fast, is for the contract test on a GPU.
 """
 
-import json
 import os
 import re
-import select
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,75 +13,25 @@ import pytest
 import torch
 
 from foldkernels.kernels import _biased_attention_tiles as tiles
-from foldkernels.kernels import registry
+from foldkernels.kernels import chips, registry
 
-try:
-    import triton
-except ImportError as error:
-    WHY_NOT = f"triton cannot be imported: {error}"
-else:
-    PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    WHY_NOT = "" if PTXAS.exists() else f"this triton brings no ptxas: {PTXAS}"
-
-with_triton = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+from .support.triton_tools import CHIPS, PTXAS, Ask, interpreter, right, slow, usage, with_triton, wrong
 
 # Numbers --------------------------------------------------------------------------------------------------------------
 
-Ask = Callable[..., dict[str, Any]]
 PLAIN: dict[str, Any] = {
     "operation": "triangle_attention",
     "b": 1, "h": 2, "r": 3, "n": 17, "d": 16,
     "dtype": "float32", "masked": True, "layout": "plain", "wide_bias": False, "given": True,
     "fault": "", "programs": 512,
 }  # fmt: skip
-SECONDS = 600
 
 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
-    """Ask the interpreter, which runs beside us, about a case: `PLAIN`, but for what is named."""
-    script = Path(__file__).parent / "support" / "triton_interpreter.py"
-    with tempfile.TemporaryFile("w+") as log:
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
-        process = subprocess.Popen([sys.executable, "-P", str(script)], **pipes)
-        assert process.stdin is not None and process.stdout is not None
-
-        def answer(**case: Any) -> dict[str, Any]:
-            asked = {**PLAIN, **case}
-            asked.setdefault("m", asked["n"])
-            print(json.dumps(asked), file=process.stdin, flush=True)
-            ready, _, _ = select.select([process.stdout], [], [], SECONDS)
-            line = process.stdout.readline() if ready else ""
-            if not line:
-                log.seek(0)
-                pytest.fail(f"no answer to {asked}: {log.read()[-2000:]}")
-            found: dict[str, Any] = json.loads(line)
-            assert "raised" not in found, found["raised"]
-            return found
-
-        yield answer
-        process.stdin.close()
-        process.stdout.close()
-        process.kill()
-        process.wait()
-
-
-def wrong(found: dict[str, Any]) -> list[str]:
-    """Outputs and gradients whose error, NaN among them, is more than it may be."""
-    return [
-        f"{name}: error {x['error']:.2g}, which may be {x['may_be']:.2g} (plain PyTorch's is {x['of_plain']:.2g})"
-        for name, x in found.items()
-        if isinstance(x, dict) and not x["error"] <= x["may_be"]
-    ]
-
-
-def right(found: dict[str, Any]) -> None:
-    assert not wrong(found), "\n".join(wrong(found))
-    assert not any(found.get("of_empty_rows", ())), "a row without keys is not zero"
-
-
-def slow(*values: int) -> list[Any]:
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+    """Ask the interpreter about a case: `PLAIN`, but for what is named."""
+    with interpreter(Path(__file__).parent / "support" / "triton_interpreter.py", PLAIN) as answer:
+        yield lambda **case: answer(**{"m": case.get("n", PLAIN["n"]), **case})
 
 
 @with_triton
@@ -156,7 +101,6 @@ def test_the_operator_is_one(ask, layout):
 
 # Code for each chip ---------------------------------------------------------------------------------------------------
 
-CHIPS = {80: (8, 0), 89: (8, 9), 90: (9, 0), 100: (10, 0)}
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 #: Bytes of stack that ptxas may use where registers run out; 24 is the most that was seen with triton 3.7.1 (`queries`,
 #: sm_90, heads of 128, where it also writes the bias's gradient).
@@ -173,6 +117,7 @@ def _cases() -> Iterator[Any]:
 
 def compiled(target: Any, capability: tuple[int, int] | None, kernel: str, dtype: str, d: int) -> Any:
     """A kernel's code with the tile that `capability` takes, the bias in float32 (the larger case)."""
+    import triton
     from triton.compiler import ASTSource
 
     from foldkernels.kernels import _biased_attention_backward_triton  # noqa: F401 - adds its kernels
@@ -204,14 +149,8 @@ def test_it_compiles_and_fits(arch, dtype, d, kernel, tmp_path):
     from triton.backends.compiler import GPUTarget
 
     code = compiled(GPUTarget("cuda", arch, 32), CHIPS[arch], kernel, dtype, d)
-    assert code.metadata.shared <= tiles.shared_memory(CHIPS[arch])
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(code.asm["cubin"])
-    tool = PTXAS.with_name("cuobjdump")
-    used = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", used)
-    assert found is not None, used
-    registers, stack = map(int, found.groups())
+    assert code.metadata.shared <= chips.shared_memory(CHIPS[arch])
+    _, registers, stack = usage(code, tmp_path)
     print(f"sm_{arch} {dtype} {d} {kernel}: shared {code.metadata.shared}, registers {registers}, stack {stack}")
     assert stack <= STACK
     products = re.findall(r"mma\.(?:m16n8|sync)|wgmma\.mma_async|tcgen05\.mma", code.asm["ptx"])
@@ -229,7 +168,7 @@ def test_amd_gets_matrix_instructions(kernel):
         pytest.skip("this triton has no code for AMD")
     for dtype, d in (("bf16", 32), ("bf16", 64), ("fp32", 32)):
         code = compiled(GPUTarget("hip", "gfx942", 64), None, kernel, dtype, d)
-        assert code.metadata.shared <= tiles.AMD_SHARED_MEMORY
+        assert code.metadata.shared <= chips.AMD_SHARED_MEMORY
         assert "v_mfma" in code.asm["amdgcn"]
         assert re.search(r"\.vgpr_spill_count:\s*0\b", code.asm["amdgcn"])
 
@@ -257,7 +196,7 @@ def test_what_it_refuses(operation):
 
 
 def test_every_chip_has_its_memory_and_tiles():
-    memory = [tiles.shared_memory(chip) for chip in ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 3), (12, 1))]
+    memory = [chips.shared_memory(chip) for chip in ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 3), (12, 1))]
     assert memory == [0, 166_912, 101_376, 101_376, 232_448, 232_448, 101_376]
     for table in tiles.TILES.values():
         for of_width in table.values():

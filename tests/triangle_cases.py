@@ -43,7 +43,7 @@ class Draws:
 
 
 def triangle_attention_case(n: int, b: int, masked: bool, size: int, seed: int) -> dict[str, Any]:
-    h, d = ((3, 5), (4, 16))[size]
+    h, d = ((3, 5), (4, 16), (4, 32))[size]
     r = Draws(seed)
     rows = n if size else max(1, n - 2)  # a kernel that wants a square gets one
     mask = r.mask(b, rows, n) if masked else None
@@ -73,7 +73,7 @@ def triangle_attention_case(n: int, b: int, masked: bool, size: int, seed: int) 
 
 
 def triangle_attention_update_case(n: int, b: int, masked: bool, size: int, seed: int) -> dict[str, Any]:
-    h, d, cz = ((3, 5, 13), (4, 16, 32))[size]
+    h, d, cz = ((3, 5, 13), (4, 16, 32), (4, 32, 128))[size]
     r = Draws(seed)
     values: dict[str, Tensor | None] = {
         "z": r.normal(b, n, n, cz),
@@ -103,7 +103,7 @@ def triangle_attention_update_case(n: int, b: int, masked: bool, size: int, seed
 
 
 def triangle_multiplication_case(n: int, b: int, masked: bool, size: int, seed: int) -> dict[str, Any]:
-    cz, c = ((15, 13), (32, 64))[size]
+    cz, c = ((15, 13), (32, 64), (128, 128))[size]
     if n % 2 == 0:
         c = cz  # as in every published model: the result may then take the product's place
     r = Draws(seed)
@@ -144,7 +144,7 @@ def triangle_multiplication_case(n: int, b: int, masked: bool, size: int, seed: 
 
 def attention_pair_bias_case(n: int, b: int, masked: bool, size: int, seed: int) -> dict[str, Any]:
     """Every third length has a given bias, every fourth two sequences a pair tensor, every fifth other keys."""
-    h, d, cz = ((3, 5, 13), (4, 16, 32))[size]
+    h, d, cz = ((3, 5, 13), (4, 16, 32), (16, 24, 128))[size]
     r = Draws(seed)
     given, keys, shared = n % 3 == 0, n + 2 if n % 5 == 0 else n, 2 if n % 4 == 0 else 1
     s = b * shared

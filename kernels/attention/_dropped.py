@@ -17,9 +17,7 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op("foldkernels::attention_dropped", mutates_args=())
-def attention_dropped(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keep: Tensor, dropout: float
-) -> Tensor:
+def attention_dropped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keep: Tensor, dropout: float) -> Tensor:
     """Attend with q, k, v [b, h, n, d], dropping the weights where `keep` [b, h, n, n] is False."""
     with torch.autocast(q.device.type, enabled=False):
         weights = _weights(q, k, mask).mul_(keep).mul_(1.0 / (1.0 - dropout))

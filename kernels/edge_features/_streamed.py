@@ -76,9 +76,7 @@ def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward(ctx, d_out):  # type: ignore[no-untyped-def]
     positions, positions_sc, chain, mask, *parts = ctx.saved_tensors
-    d_parts = edge_features_streamed_backward(
-        d_out, parts, positions, positions_sc, chain, mask, ctx.num_bins, ctx.eps
-    )
+    d_parts = edge_features_streamed_backward(d_out, parts, positions, positions_sc, chain, mask, ctx.num_bins, ctx.eps)
     return d_parts, None, None, None, None, None, None, None
 
 

@@ -53,9 +53,7 @@ def lift(
     lifted_q = torch.cat(
         [q.to(dtype) * sqrt(1 / (3 * c)), (weight[..., None] * q_points).flatten(-2), torch.ones_like(norm)], dim=-1
     )
-    lifted_k = torch.cat(
-        [k.to(dtype), k_points.flatten(-2), norm.masked_fill(~mask[:, :, None, None], NEVER)], dim=-1
-    )
+    lifted_k = torch.cat([k.to(dtype), k_points.flatten(-2), norm.masked_fill(~mask[:, :, None, None], NEVER)], dim=-1)
     lifted_v = torch.cat([v.to(dtype), v_points.flatten(-2)], dim=-1)
     q, k, v = (x.transpose(1, 2).contiguous() for x in (lifted_q, lifted_k, lifted_v))
     return Lifted(q, k, v, centre)

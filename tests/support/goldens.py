@@ -50,7 +50,7 @@ def model_of(size: str, kernel: Any = "torch") -> FlowModel:
 
 def small_model(kernel: Any = "torch", /, **changes: Any) -> FlowModel:
     """The small checkpoint's model, with settings of its config changed: `model__ipa__dropout` is model.ipa.dropout."""
-    checkpoint = _small_checkpoint()
+    checkpoint = small_checkpoint()
     config = checkpoint.config.copy()
     for name, value in changes.items():
         OmegaConf.update(config, name.replace("__", "."), value, force_add=True)
@@ -58,7 +58,7 @@ def small_model(kernel: Any = "torch", /, **changes: Any) -> FlowModel:
 
 
 @cache
-def _small_checkpoint() -> Checkpoint:
+def small_checkpoint() -> Checkpoint:
     return read_checkpoint(MULTIFLOW / "small")
 
 
@@ -72,9 +72,7 @@ def full_checkpoint() -> Checkpoint:
     source = MULTIFLOW / "full" / "config.yaml"
     config = OmegaConf.load(source)
     with torch.device("meta"):
-        shapes = {
-            name: tensor.shape for name, tensor in FlowModel(as_model_config(config.model)).state_dict().items()
-        }
+        shapes = {name: tensor.shape for name, tensor in FlowModel(as_model_config(config.model)).state_dict().items()}
     generator = torch.Generator().manual_seed(21)
     state = {name: _draw(name, shapes[name], generator) for name in sorted(shapes)}
     return Checkpoint({name: state[name] for name in shapes}, config, source)

@@ -1,0 +1,520 @@
+"""Every kernel on this GPU: right or wrong, how fast beside the original formulas and the hardware, how much memory.
+
+    python -m benchmarks.gpu_suite                     nine minutes on a GPU: JSON, table, plot
+    python -m benchmarks.gpu_suite --minutes 4         the most important first; what is not reached is named
+    python -m benchmarks.gpu_suite --only layer.ipa    items whose name holds this, and their checks
+    python -m benchmarks.gpu_suite --quick             everything once, small, also on a CPU: does it run
+    python -m benchmarks.gpu_suite --render FILE       the table and the plot again, from the JSON
+
+Run from the repository's root, with `foldkernels` importable. On a machine that has PyTorch and Triton but neither a
+network nor this project, carry the wheels that are missing, and make the checkout importable under its name:
+
+    python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \\
+        --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \\
+        -d .whl pydantic==2.14.3 pydantic-core==2.50.4 annotated-types typing-inspection typing-extensions \\
+        omegaconf roma gemmi
+    python3 -m pip install -q --no-index --no-deps --target /tmp/site .whl/*.whl && ln -s "$PWD" /tmp/site/foldkernels
+    PYTHONPATH=/tmp/site PYTHONUNBUFFERED=1 python3 -m benchmarks.gpu_suite --minutes 8.5 --out "${OUT:-.}/gpu.json"
+
+Order: first every kernel of every operation against float64, forward and all gradients, at the published widths; then
+the hardware's own rates, and the contract's grid thinned; then times: IPA and edge transition, the model, the longest
+chain that fits in 40 and in 80 GiB, the rest. Each stage may use its share of the time; what it leaves comes last. A
+kernel whose check is red, or was not reached, gets no time. A worker process does the work, so that a kernel that hangs
+or takes the GPU's context down costs its own row only. The rows are written after each one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .gpu_subjects import LAYERS, ROOT, Item, needs
+
+LENGTHS = (512, 1024, 256, 128, 2048)
+CHECKED, MODEL_CHECKED = 129, 64
+MEMORY_GIB = (40.0, 80.0)
+#: Operations in the order of their importance; those that are not named here follow.
+FIRST = ("invariant_point_attention", "edge_transition", "factorized_point_attention", "triangle_attention",
+         "triangle_multiplication", "attention_pair_bias")  # fmt: skip
+ITEM_SECONDS = 90.0
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Stage:
+    """Items that belong together, and the share of all time by which they should be done."""
+
+    name: str
+    until: float
+    items: list[Item] = field(default_factory=list)
+
+
+# The worker -----------------------------------------------------------------------------------------------------------
+
+
+class Work:
+    """A worker process, started when it is needed and replaced when it dies or hangs."""
+
+    def __init__(self, device: str, quick: bool) -> None:
+        self.command = [sys.executable, "-m", "benchmarks.gpu_worker", device, "quick" if quick else "full"]
+        self.process: subprocess.Popen[str] | None = None
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as this object
+
+    def ask(self, item: Item, seconds: float) -> Row:
+        """What the worker answers; `raised` where it does not."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                self.command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log
+            )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            print(json.dumps(asdict(item)), file=self.process.stdin, flush=True)
+            ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+            line = self.process.stdout.readline() if ready else ""
+        except BrokenPipeError:
+            ready, line = [self.process.stdout], ""
+        if line:
+            found: Row = json.loads(line)
+            if found.get("fatal"):
+                self.close()
+            return found
+        self.close()
+        return {"raised": f"the worker died: {self.said()}" if ready else f"no answer within {seconds:.0f} s"}
+
+    def said(self) -> str:
+        """The end of what the worker printed."""
+        self.log.seek(0)
+        return " ".join(self.log.read()[-400:].split())
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+# The plan -------------------------------------------------------------------------------------------------------------
+
+
+def plan(about: Mapping[str, Any], quick: bool) -> list[Stage]:
+    """Every item in the order in which it is done."""
+    kernels: Mapping[str, Mapping[str, Mapping[str, str]]] = about["kernels"]
+    edges: Mapping[str, int] = about["thresholds"]
+    names = [name for name in FIRST if name in kernels] + sorted(kernels.keys() - set(FIRST))
+    lengths, checked, model_checked = ((16,), 9, 12) if quick else (LENGTHS, CHECKED, MODEL_CHECKED)
+
+    def sides(name: str, precision: str) -> list[str]:
+        own = "float32" if precision == "tf32" else precision
+        return [kernel for kernel, why in kernels[name].items() if not why[own]]
+
+    def every(what: str, length: int) -> list[Item]:
+        return [
+            Item(what, f"operation.{name}", side, precision, "step", length if quick else max(length, edges[name]))
+            for precision in ("bfloat16", "float32")
+            for name in names
+            for side in sides(name, precision)
+        ]
+
+    def times(subjects: Sequence[str], precisions: Sequence[str], lengths: Sequence[int]) -> Iterator[Item]:
+        for length in lengths:
+            for subject in subjects:
+                kind, _, name = subject.partition(".")
+                for precision in precisions:
+                    of_layer = ["original", *sides(LAYERS.get(name, name), precision)]
+                    ours = of_layer if kind == "layer" else of_layer[1:]
+                    for mode in ("forward", "step"):
+                        # The definition holds everything at once: no time for it but where it is a minute's work.
+                        some = [side for side in ours if side != "reference" or length <= 512]
+                        yield from (Item("time", subject, side, precision, mode, length) for side in some)
+
+    def layer_checks(layers: Sequence[str], precisions: Sequence[str]) -> list[Item]:
+        return [
+            Item("check", f"layer.{name}", side, precision, "step", model_checked)
+            for name in layers
+            for precision in precisions
+            for side in sides(LAYERS[name], precision)
+        ]
+
+    main = ("ipa", "edge_transition")
+    rest = tuple(name for name in LAYERS if name not in main)
+    words = list(about["presets"])
+    models = ["original", *words]
+    model = [
+        Item("time", "model", side, precision, mode, length)
+        for length in lengths
+        for precision in ("bfloat16", "tf32")
+        for mode in ("forward", "step", "sample")
+        if not (mode == "sample" and precision == "tf32")
+        for side in models
+    ]
+    longest = [
+        Item("longest", "model", side, "bfloat16", mode, gib=gib)
+        for gib in MEMORY_GIB
+        for mode in ("forward", "step")
+        for side in models
+    ]
+    main_operations = [f"operation.{name}" for name in names[:3]]
+    rest_operations = [f"operation.{name}" for name in names[3:]]
+    main_layers, rest_layers = [f"layer.{name}" for name in main], [f"layer.{name}" for name in rest]
+    return [
+        Stage("checks at the published widths", 0.22, every("check", checked)),
+        Stage("the hardware", 0.25, [Item("ceilings")]),
+        Stage("grid", 0.38, [replace(item, mode="") for item in every("grid", 0)]),
+        Stage(
+            "IPA and edge transition",
+            0.55,
+            [
+                *layer_checks(main, ("bfloat16",)),
+                *times(main_operations, ("bfloat16",), lengths[:2]),
+                *times(main_layers, ("bfloat16",), lengths[:2]),
+            ],
+        ),
+        Stage(
+            "model",
+            0.75,
+            [
+                *(
+                    Item("check", "model", word, precision, "step", model_checked)
+                    for precision in ("bfloat16", "tf32")
+                    for word in words
+                ),
+                *model,
+            ],
+        ),
+        Stage("memory", 0.85, longest),
+        Stage(
+            "the rest",
+            1.0,
+            [
+                *layer_checks(rest, ("bfloat16",)),
+                *times(rest_operations + rest_layers, ("bfloat16",), lengths[:1]),
+                *times(main_operations + main_layers, ("bfloat16",), lengths[2:]),
+                *layer_checks(main, ("tf32",)),
+                *times(main_layers, ("tf32",), lengths[:2]),
+                *times(main_operations, ("float32",), lengths[:2]),
+                *times(rest_operations + rest_layers, ("bfloat16",), lengths[1:4]),
+            ],
+        ),
+    ]
+
+
+def must_hold(item: Item) -> list[tuple[str, str, str]]:
+    """The subject, side and precision of the checks without which an item gets no time."""
+    keys = [(item.subject, item.side, item.precision)]
+    kind, _, name = item.subject.partition(".")
+    if kind == "layer":
+        keys.append((f"operation.{LAYERS[name]}", item.side, "float32" if item.precision == "tf32" else item.precision))
+    return keys
+
+
+def chosen(stages: Sequence[Stage], words: Sequence[str]) -> list[Stage]:
+    """The stages with the items that hold one of the words, and the checks that those rest on."""
+
+    def said(item: Item) -> bool:
+        return any(word in str(item) for word in words)
+
+    rests_on = {key for stage in stages for item in stage.items if said(item) for key in must_hold(item)}
+    return [
+        replace(
+            stage,
+            items=[
+                item
+                for item in stage.items
+                if said(item) or (item.what == "check" and (item.subject, item.side, item.precision) in rests_on)
+            ],
+        )
+        for stage in stages
+    ]
+
+
+def fits(rows: Sequence[Row], item: Item) -> int:
+    """The length that should fit in `item.gib`: peaks grow with the square of the length, as two of them tell."""
+    peaks = {}
+    for row in rows:
+        same = all(row.get(name) == getattr(item, name) for name in ("subject", "side", "precision", "mode"))
+        if same and row["what"] == "time" and "peak_mb" in row:
+            peaks[row["length"]] = 1e6 * (row["peak_mb"] + row["resident_mb"])
+    if len(peaks) < 2:
+        return 0
+    short, long = sorted(peaks)[-2:]
+    slope = (peaks[long] - peaks[short]) / (long**2 - short**2)
+    free = item.gib * 2**30 - (peaks[long] - slope * long**2)
+    return int(math.sqrt(max(0.0, free) / slope)) if slope > 0 else 0
+
+
+# A run ----------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One run of the suite: what was found so far, and what may still be done."""
+
+    def __init__(self, options: argparse.Namespace, device: str) -> None:
+        self.options, self.started = options, time.monotonic()
+        self.work = Work(device, options.quick)
+        self.rows: list[Row] = []
+        self.lines: list[str] = []  # the rows as they are written
+        self.red: dict[tuple[str, str, str], str] = {}
+        self.checked: set[tuple[str, str, str]] = set()
+        self.about: dict[str, Any] = {}
+        self.ceilings: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def execute(self) -> None:
+        """Do what the time allows, and name what it does not."""
+        whole = 60.0 * self.options.minutes
+        self.about = self.work.ask(Item("describe"), 180.0)
+        if "raised" in self.about:
+            raise SystemExit(f"the suite cannot start: {self.about['raised']}")
+        later: list[Item] = []
+        for stage in chosen(plan(self.about, self.options.quick), self.options.only or [""]):
+            for item in stage.items:
+                if self.seconds > stage.until * whole:
+                    later.append(item)
+                    continue
+                self.do(item, whole)
+        for i, item in enumerate(later):
+            if self.seconds > whole:
+                self.rows += [{**asdict(item), "skipped": "no time left"} for item in later[i:]]
+                self.write()
+                break
+            self.do(item, whole)
+        self.work.close()
+
+    def do(self, item: Item, whole: float) -> None:
+        """One item, and its row."""
+        row: Row = {**asdict(item), **self.refused(item)}
+        if item.what == "longest" and "skipped" not in row:
+            row["length"] = length = int(0.98 * fits(self.rows, item))
+            item = replace(item, length=length)
+            row |= {} if length else {"skipped": "two lengths must have been timed"}
+        if "skipped" not in row:
+            left = max(10.0, whole - self.seconds) + 5.0
+            row |= self.work.ask(item, min(ITEM_SECONDS, left))
+        if item.what == "ceilings":
+            self.ceilings = {name: value for name, value in row.items() if name.endswith("_s")}
+        key = (item.subject, item.side, item.precision)
+        if item.what in ("check", "grid"):
+            if row.get("correct"):
+                self.checked.update({key} if item.what == "check" else set())
+            elif "skipped" not in row:
+                self.red[key] = str(row.get("check") or row.get("raised"))
+        if item.what == "time" and "ms" in row:
+            row |= self.floor(item, row["ms"])
+        self.rows.append({**row, "at_s": round(self.seconds, 1)})
+        self.write()
+        if not self.options.silent:
+            print(f"{self.seconds:6.1f} s  {item}: {say(row)}", flush=True)
+
+    def refused(self, item: Item) -> Row:
+        """Why an item is not done: its kernel is wrong, or nobody has looked."""
+        if item.what not in ("time", "longest") or item.side == "original":
+            return {}
+        for key in must_hold(item):
+            if key in self.red:
+                return {"skipped": f"the check is red: {self.red[key]}"}
+            if key not in self.checked:
+                return {"skipped": "not checked"}
+        return {}
+
+    def floor(self, item: Item, ms: float) -> Row:
+        """The time below which this hardware cannot do it, and how far above that it is."""
+        moved, done = needs(item)
+        if not self.ceilings or not moved:
+            return {}
+        floors = {
+            "bytes": moved / (1e9 * self.ceilings["copy_tb_s"]),
+            "operations": done / (1e9 * self.ceilings[f"{item.precision}_tflop_s"]),
+        }
+        by = max(floors, key=floors.__getitem__)
+        return {"floor_ms": floors[by], "floor_by": by, "above_floor": ms / floors[by]}
+
+    def write(self) -> None:
+        """All of it, in one step: a run that is killed leaves whole rows."""
+        path: Path = self.options.out
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.lines += [json.dumps(row) for row in self.rows[len(self.lines) :]]
+        head = json.dumps({**self.about, "ceilings": self.ceilings, "minutes": self.options.minutes})[:-1]
+        part = path.with_suffix(".part")
+        part.write_text(f'{head}, "rows": [\n' + ",\n".join(self.lines) + "\n]}\n")
+        os.replace(part, path)
+
+
+# Words ----------------------------------------------------------------------------------------------------------------
+
+
+def say(row: Row) -> str:
+    """What came of an item, in a line."""
+    for name in ("raised", "skipped"):
+        if name in row:
+            return f"{name}: {row[name]}"
+    if "ms" in row:
+        floor = f", {row['above_floor']:.2f} x the floor ({row['floor_by']})" if "above_floor" in row else ""
+        peak = f", {row['peak_mb']:,.0f} MB" if "peak_mb" in row else ""
+        return f"{row['ms']:.3f} ms ({row['low_ms']:.3f} to {row['high_ms']:.3f}){floor}{peak}"
+    if "longest" in row:
+        return f"L = {row['longest']}"
+    if "correct" in row:
+        again = "" if row.get("repeatable", True) else ", differs from run to run"
+        return ("right" if row["correct"] else "WRONG") + f", {row['check']}{again}"
+    return ", ".join(f"{name} {value:.3g}" for name, value in row.items() if name.endswith("_s"))
+
+
+def wrong(rows: Sequence[Row]) -> list[Row]:
+    """The checks that are red."""
+    checks = [row for row in rows if row["what"] in ("check", "grid") and "skipped" not in row]
+    return [row for row in checks if not row.get("correct")]
+
+
+def baseline(rows: Sequence[Row], row: Row) -> Row | None:
+    """The original formulas beside a row; for an operation alone, those of its layer."""
+    layer = {f"operation.{operation}": f"layer.{name}" for name, operation in LAYERS.items()}
+    subject = layer.get(row["subject"], row["subject"])
+    for other in rows:
+        if other["subject"] != subject or other["side"] != "original" or not {"ms", "longest"} & other.keys():
+            continue
+        names = ("what", "precision", "mode", "gib") if "longest" in row else ("what", "precision", "mode", "length")
+        if all(other[name] == row[name] for name in names):
+            return other
+    return None
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Markdown: what is wrong, the times, the longest chains, what was not done."""
+    rows: list[Row] = found["rows"]
+    where, rates = found["machine"], found.get("ceilings") or {}
+    checks = [row for row in rows if row["what"] in ("check", "grid") and "skipped" not in row]
+    red = wrong(rows)
+    lines = [
+        f"{where['accelerator'] or where['cpu']}, torch {where['torch']}, triton {where.get('triton', '')}; "
+        + ", ".join(f"{name.removesuffix('_s').replace('_', ' ')}/s {value:.3g}" for name, value in rates.items()),
+        "",
+        f"{len(checks) - len(red)} of {len(checks)} checks against float64 are right.",
+        *(f"- **{row['subject']} {row['side']} {row['precision']}** ({row['what']}): {say(row)}" for row in red),
+        "",
+        "| what | side | precision | pass | L | ms | 20% to 80% | of the original | of the floor | extra MB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    timed = [row for row in rows if "ms" in row]
+    for row in sorted(timed, key=lambda row: (row["subject"], row["precision"], row["mode"], row["length"], row["ms"])):
+        other = baseline(rows, row)
+        cells = [
+            row["subject"], row["side"], row["precision"], row["mode"], str(row["length"]), f"{row['ms']:.3f}",
+            f"{row['low_ms']:.3f} to {row['high_ms']:.3f}",
+            f"{other['ms'] / row['ms']:.2f}x" if other else "",
+            f"{row['above_floor']:.2f} ({row['floor_by']})" if "above_floor" in row else "",
+            f"{row['peak_mb']:,.0f}" if "peak_mb" in row else "",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    longest = [row for row in rows if "longest" in row]
+    if longest:
+        lines += ["", "| longest chain | precision | pass | GiB | L | of the original |"]
+        lines += ["| --- | --- | --- | --- | --- | --- |"]
+        for row in longest:
+            other = baseline(rows, row)
+            ratio = f"{row['longest'] / other['longest']:.2f}x" if other else ""
+            cells = [row["side"], row["precision"], row["mode"], f"{row['gib']:g}", str(row["longest"]), ratio]
+            lines.append(f"| {' | '.join(cells)} |")
+    names = [field.name for field in fields(Item)]
+    failed = [row for row in rows if "raised" in row and row["what"] not in ("check", "grid")]
+    lines += ["", *(f"- failed: {Item(**{name: row[name] for name in names})}: {row['raised']}" for row in failed)]
+    skipped = [row for row in rows if "skipped" in row]
+    if skipped:
+        reasons: dict[str, int] = {}
+        for row in skipped:
+            reasons[row["skipped"]] = reasons.get(row["skipped"], 0) + 1
+        lines += ["", *(f"- {count} not done: {why}" for why, count in reasons.items())]
+    return "\n".join(lines)
+
+
+def plot(found: Mapping[str, Any], path: Path) -> bool:
+    """Times over lengths, one panel for each subject and pass under bfloat16; False where nothing can be drawn."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    timed = [row for row in found["rows"] if "ms" in row and row["precision"] == "bfloat16"]
+    panels = sorted({(row["subject"], row["mode"]) for row in timed})
+    if not panels:
+        return False
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(4 * columns, 3.2 * lines), squeeze=False)
+    for axis, (subject, mode) in zip(axes.flat, panels, strict=False):
+        some = [row for row in timed if (row["subject"], row["mode"]) == (subject, mode)]
+        for side in sorted({row["side"] for row in some}):
+            points = sorted((row["length"], row["ms"]) for row in some if row["side"] == side)
+            axis.plot(*zip(*points, strict=True), marker="o", label=side)
+        floors = sorted({(row["length"], row["floor_ms"]) for row in some if "floor_ms" in row})
+        if floors:
+            axis.plot(*zip(*floors, strict=True), "k--", label="floor")
+        axis.set(title=f"{subject} {mode}", xlabel="residues", ylabel="ms", xscale="log", yscale="log")
+        axis.legend(fontsize=7)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return True
+
+
+def show(path: Path) -> int:
+    """Print the table of a file, and write it and the plot beside it."""
+    found = json.loads(path.read_text())
+    text = table(found)
+    path.with_suffix(".md").write_text(text + "\n")
+    drawn = plot(found, path.with_suffix(".png"))
+    print(text)
+    print(f"\nrows: {path}" + (f", plot: {path.with_suffix('.png')}" if drawn else ""))
+    return int(bool(wrong(found["rows"])))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the suite; 1 where a check is red."""
+    import torch
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=8.5, help="the time to use (8.5)")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only items whose name holds one of these")
+    parser.add_argument("--quick", action="store_true", help="one short length: does it run")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda where there is one")
+    parser.add_argument("--out", type=Path, help="the JSON; benchmarks/results/gpu_<name>.json")
+    parser.add_argument("--silent", action="store_true", help="print the table only")
+    parser.add_argument("--render", type=Path, metavar="FILE", help="measure nothing: table and plot of a JSON file")
+    options = parser.parse_args(argv)
+    if options.render:
+        return show(options.render)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu" and not options.quick:
+        print("there is no GPU here; --quick runs the suite small, on the CPU", file=sys.stderr)
+        return 2
+    if options.out is None:
+        name = torch.cuda.get_device_name().replace(" ", "_").lower() if device == "cuda" else "cpu"
+        options.out = ROOT / "benchmarks" / "results" / f"gpu_{name}.json"
+    run = Run(options, device)
+    try:
+        run.execute()
+    finally:
+        run.work.close()
+    return show(options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
