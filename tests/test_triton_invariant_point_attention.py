@@ -180,8 +180,7 @@ def test_it_compiles_and_fits(variant, tmp_path):
     assert re.search(r"mma\.sync", code.asm["ptx"])
     (tile,) = {tuple(map(int, found)) for found in re.findall(Z_TILE, code.asm["ttgir"])}
     assert tile[2] == variant.channels
-    waits = re.findall(r"tt\.load [^\n]*" + "x".join(map(str, tile)) + r"x!tt\.ptr", code.asm["ttgir"])
-    assert not waits, "z is not loaded ahead"
+    assert not re.search(r"tt\.load %z_tile", code.asm["ttgir"]), "z is not loaded ahead"
 
 
 #: Where a tile [queries, keys, channels] of z is on its way to shared memory.
