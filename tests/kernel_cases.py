@@ -43,8 +43,8 @@ EXCEEDS = {
     # scaled_dot_product_attention's flash kernels round the weights and their gradients to bfloat16 before the second
     # product. Up to 2.1 times the rule was seen; the definition with every operation in bfloat16 comes to 1.0.
     ("attention", "torch", torch.bfloat16): 2.5,
-    # Weights and their gradients are rounded to 16 bits before their products. Up to 1.2 was seen, interpreted.
-    ("invariant_point_attention", "triton", torch.bfloat16): 1.5,
+    # Weights and their gradients are rounded to 16 bits before their products. Up to 1.7 was seen, interpreted.
+    ("invariant_point_attention", "triton", torch.bfloat16): 2.5,
 }
 
 #: Kernels of plain PyTorch must run everywhere, except for what is named here.
