@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -119,6 +119,14 @@ def require_signature(module: nn.Module, *known: str) -> str:
     if found not in known:
         raise Declined(f"its forward takes ({found.replace(' ', ', ')}), which no known form does")
     return found
+
+
+def require_constants(method: Callable[..., Any], *values: float) -> None:
+    """The method's own code has these numbers in it: constants of the maths that no attribute tells."""
+    code = getattr(inspect.unwrap(method), "__code__", None)
+    missing = [value for value in values if code is None or value not in code.co_consts]
+    if missing:
+        raise Declined(f"{method.__qualname__} does not have the constant {_listed([str(v) for v in missing])}")
 
 
 def _child(module: nn.Module, name: str) -> nn.Module:

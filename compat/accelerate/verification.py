@@ -21,7 +21,7 @@ from .replacement import Candidate, original_forward
 FORWARD_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 #: A gradient far smaller than the largest one counts as this share of it: a bias that the softmax removes has noise.
-_SMALLEST_GRADIENT = 1e-3
+_SMALLEST_GRADIENT = 1e-2
 
 
 @dataclass(frozen=True)
