@@ -42,9 +42,17 @@ def _everywhere(candidates: Candidates, cuda: Mapping[str, Candidates] | None = 
 _CUEQUIVARIANCE: Mapping[str, Candidates] = dict.fromkeys(
     ("triangle_attention", "triangle_multiplication", "attention_pair_bias"), ("cuequivariance",)
 )
-_LIBRARIES: Mapping[str, Candidates] = {**_CUEQUIVARIANCE, "triangle_attention": ("cuequivariance", "trifast")}
+_LIBRARIES: Mapping[str, Candidates] = {
+    **_CUEQUIVARIANCE,
+    "triangle_attention": ("cuequivariance", "trifast"),
+    "factorized_point_attention": ("flash_attn",),
+}
 # Kernels that never hold the attention matrix, nor touch padding.
-_FLASH: Mapping[str, Candidates] = {"attention": ("flash_attn",), "triangle_attention": ("trifast",)}
+_FLASH: Mapping[str, Candidates] = {
+    "attention": ("flash_attn",),
+    "factorized_point_attention": ("flash_attn",),
+    "triangle_attention": ("trifast",),
+}
 # Our own. Interpreted and compiled so far, never run on a GPU: they stand under their own word until they have been.
 _TRITON: Mapping[str, Candidates] = dict.fromkeys(("triangle_attention", "attention_pair_bias"), ("triton",))
 

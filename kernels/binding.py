@@ -132,9 +132,7 @@ def bind(
     Warns:
         KernelFallbackWarning: Once, if a first choice cannot run and the configuration says `fallback: warn`.
     """
-    return bind_modules(
-        users_of(model), place_of(model), resolve_kernel(kernel, command_line=command_line, file=file)
-    )
+    return bind_modules(users_of(model), place_of(model), resolve_kernel(kernel, command_line=command_line, file=file))
 
 
 def bind_modules(users: Iterable[tuple[str, Bindable]], place: "Place", resolved: ResolvedKernel) -> BindReport:

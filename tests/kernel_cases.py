@@ -37,6 +37,9 @@ FLOOR = {torch.float64: 1e-11, torch.float32: 1e-6, torch.bfloat16: 2e-3}
 
 #: Where the rule does not hold, by how much it is exceeded, and why. Measured; nothing may be added without a reason.
 EXCEEDS = {
+    # The same, and the attended points come back in bfloat16: value and sum are each rounded to 1 part in 512. On CUDA.
+    ("factorized_point_attention", "flash_attn", torch.bfloat16): 2.5,
+    **({("factorized_point_attention", "torch", torch.bfloat16): 2.5} if torch.cuda.is_available() else {}),
     # scaled_dot_product_attention's flash kernels round the weights and their gradients to bfloat16 before the second
     # product. Up to 2.1 times the rule was seen; the definition with every operation in bfloat16 comes to 1.0.
     ("attention", "torch", torch.bfloat16): 2.5,
@@ -185,8 +188,8 @@ def _factorized(n: int, b: int, masked: bool, size: int, seed: int, away: float 
     h, c, p, pv, rank, cp = ((3, 4, 2, 5, 2, 3), (4, 16, 4, 8, 2, 8))[size]
     r = Random(seed)
     mask = r.mask(b, n) if masked else None
-    # Some calls have no factors, some have one of the two.
-    with_bias, with_pair = n % 5 != 1 or n < 2, n % 3 != 0
+    # Both factors at 7 and 33, one of them at 16 and 17, none at 2.
+    with_bias, with_pair = n % 2 == 1, n % 3 != 2
     values: dict[str, Tensor | None] = {
         "q": r.normal(b, n, h, c),
         "k": r.normal(b, n, h, c),
@@ -206,8 +209,8 @@ def _factorized(n: int, b: int, masked: bool, size: int, seed: int, away: float 
         first = "q k v q_points k_points v_points point_weights".split()
         out = factorized_point_attention(
             *(x[name] for name in first),
-            (x["b1"], x["b2"]) if with_bias else None,
-            (x["z1"], x["z2"]) if with_pair else None,
+            (x["b1"], x["b2"]) if x["b1"] is not None else None,
+            (x["z1"], x["z2"]) if x["z1"] is not None else None,
             x["mask"],
             config=config,
         )

@@ -128,10 +128,10 @@ def _overwrite(case: Case, name: str, places: Tensor) -> Tensor:
 @each_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("variant", ["plain", "masked"])
-@pytest.mark.parametrize("kernel", sorted(registry.kernels("invariant_point_attention")))
-def test_points_far_from_the_origin(kernel, variant, dtype, device):
+@pytest.mark.parametrize(("operation", "kernel"), [param for param in KERNELS if "point_attention" in param.id])
+def test_points_far_from_the_origin(operation, kernel, variant, dtype, device):
     """A protein 100 nm from the origin, where squared coordinates leave float32 no digits for distances."""
-    operation, more = "invariant_point_attention", {"away": 100.0}
+    more = {"away": 100.0}
     case, size = case_for(operation, kernel, 33, variant, dtype, device, **more)
     truth, plain = truth_and_plain(operation, 33, variant, size, dtype, device, tuple(more.items()))
     assert_all_as_good(run(case, kernel, dtype, variant=variant, device=device), plain, truth, dtype)

@@ -29,9 +29,7 @@ class VerificationFailed(RuntimeError):
     """A replaced module differs from its own forward by more than the tolerances; the message has the figures."""
 
 
-def accelerate(
-    model: nn.Module, kernel: Any = None, *, verify: bool = False, strict: bool = False
-) -> AccelerateReport:
+def accelerate(model: nn.Module, kernel: Any = None, *, verify: bool = False, strict: bool = False) -> AccelerateReport:
     """Replace, in place, the forwards of the modules that are recognised by forwards that call this package's kernels.
 
     Parameters, their names, hooks, and so optimizers and checkpoints, stay as they are. A module that is not recognised
@@ -136,9 +134,7 @@ def recognise(module: nn.Module, known: Mapping[str, Adapter] | None = None) -> 
     raise Declined("; ".join(f"as {known[name].title}: {reason}" for name, reason in reasons.items()))
 
 
-def _walk(
-    model: nn.Module, known: Mapping[str, Adapter]
-) -> Iterator[tuple[str, nn.Module, Entry, Recognised | None]]:
+def _walk(model: nn.Module, known: Mapping[str, Adapter]) -> Iterator[tuple[str, nn.Module, Entry, Recognised | None]]:
     """Each module that something is said of. What stands inside one that is recognised is part of it."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -151,7 +147,6 @@ def _walk(
             yield name, module, Entry(name, kind, "needs nothing", reason=needless), None
             continue
         if is_replaced(module):
-            inside += (f"{name}." if name else "",)
             reason = "an earlier call; bind() changes its kernel"
             yield name, module, Entry(name, kind, "replaced before", reason=reason), None
             continue
@@ -162,7 +157,8 @@ def _walk(
         except Declined as declined:
             yield name, module, Entry(name, kind, "left alone", reason=str(declined)), None
             continue
-        inside += (f"{name}." if name else "",)
+        if recognised.encloses:
+            inside += (f"{name}." if name else "",)
         entry = Entry(name, kind, "replaced", adapter, recognised.form, notes=recognised.notes)
         yield name, module, entry, recognised
 

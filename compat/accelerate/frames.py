@@ -34,6 +34,11 @@ class ExampleFrames:
         """Global points into the local frame."""
         return (self.rotmats.transpose(-1, -2) @ (points - self.trans)[..., None])[..., 0]
 
+    def apply_inverse_to_point(self, point: Any) -> Any:
+        """The same of a vector that carries its x, y and z, as OpenFold's multimer has them."""
+        local = self.invert_apply(torch.stack([point.x, point.y, point.z], dim=-1))
+        return type(point)(*local.unbind(-1))
+
     def get_rots(self) -> HasRotations:
         """The rotations."""
         return Rigid(self.rotmats, self.trans)

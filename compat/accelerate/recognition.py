@@ -33,12 +33,14 @@ class Recognised:
         forward: The forward that takes the place of the module's own, with the same parameters.
         uses: A module-level function from the module to the operations that this forward calls.
         notes: What a user should know: when the module's own forward still runs, say.
+        encloses: Whether the forward runs what stands inside the module, too. If not, that is looked at as well.
     """
 
     form: str
     forward: Forward
     uses: Callable[[Any], list[Use]]
     notes: tuple[str, ...] = ()
+    encloses: bool = True
 
 
 @dataclass(frozen=True)

@@ -90,9 +90,7 @@ class AccelerateReport:
             "model": self.model,
             "replaced": list(self.replaced),
             "left_alone": self.left_alone,
-            "modules": [
-                {**asdict(e), "proof": e.proof.as_dict() if e.proof else None} for e in self.entries
-            ],
+            "modules": [{**asdict(e), "proof": e.proof.as_dict() if e.proof else None} for e in self.entries],
             "nearest": [asdict(miss) for miss in self.misses],
             "kernels": self.bound.as_dict() if self.bound else None,
             "notes": list(self.notes),

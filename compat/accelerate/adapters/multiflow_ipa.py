@@ -164,9 +164,7 @@ def ipa_with_factors(
     return _attend(self, s, z, r, mask)
 
 
-def _attend(
-    layer: Any, s: Tensor, z: Tensor, r: Any, mask: Tensor, attention_mask: Tensor | None = None
-) -> Tensor:
+def _attend(layer: Any, s: Tensor, z: Tensor, r: Any, mask: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """What all forms compute. The originals broadcast a batch axis of one, so that is done here, too."""
     lead, n = s.shape[:-2], s.shape[-2]
     pairs = None if attention_mask is None else attention_mask.expand(*lead, n, n)
