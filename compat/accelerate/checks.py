@@ -50,11 +50,16 @@ def require_parameters(
 
 
 def require_linear(module: nn.Module, *names: str) -> None:
-    """These children (dotted names) are linear layers that compute what `nn.Linear` computes."""
+    """These children (dotted names) are linear layers that compute what `nn.Linear` computes.
+
+    OpenFold's `Linear`, which others have copied, has its own forward for 16 bits; a `precision` makes it another.
+    """
     for name in names:
         child = _child(module, name)
-        if not isinstance(child, nn.Linear) or type(child).forward is not nn.Linear.forward:
-            raise Declined(f"its {name} is a {type(child).__name__}, no plain Linear")
+        kind = type(child)
+        copied = kind.__name__ == "Linear" and getattr(child, "precision", "") is None
+        if not isinstance(child, nn.Linear) or not (kind.forward is nn.Linear.forward or copied):
+            raise Declined(f"its {name} is a {kind.__name__} with a forward of its own, no plain Linear")
 
 
 def require_exactly(module: nn.Module, **types: type[nn.Module]) -> None:
