@@ -40,12 +40,49 @@ class TransitionLayers(KernelModule):
         self.layer_norm = nn.LayerNorm(edge_embed_out)
 
     def kernel_uses(self) -> list[Use]:
+        """None: the layers alone call no kernel."""
+        return []
+
+
+class EdgeTransition(TransitionLayers):
+    """Update of the pair representation from itself and the two residues of each pair (FrameDiff, Multiflow).
+
+    Args:
+        node_embed_size: Width of the single representation.
+        edge_embed_in: Width of the pair representation.
+        edge_embed_out: Its width afterwards.
+        num_layers: Layers of the perceptron; every published model has two, and so has the operation.
+        node_dilation: The single representation is projected to node_embed_size // node_dilation.
+
+    Raises:
+        ValueError: `num_layers` is not two.
+    """
+
+    def __init__(
+        self,
+        *,
+        node_embed_size: int,
+        edge_embed_in: int,
+        edge_embed_out: int,
+        num_layers: int = 2,
+        node_dilation: int = 2,
+    ) -> None:
+        check_two_layers(num_layers)
+        super().__init__(
+            node_embed_size=node_embed_size,
+            edge_embed_in=edge_embed_in,
+            edge_embed_out=edge_embed_out,
+            num_layers=num_layers,
+            node_dilation=node_dilation,
+        )
+
+    def kernel_uses(self) -> list[Use]:
         """The edge transition."""
-        return [edge_transition_use(self)]
+        return [pair_transition_use(self)]
 
     def weights(self) -> EdgeWeights:
         """The operation's weights, in its order."""
-        return edge_transition_weights(self)
+        return transition_weights(self)
 
     def forward(
         self,
@@ -65,12 +102,12 @@ class TransitionLayers(KernelModule):
 
 
 def update_pairs(
-    layer: TransitionLayers,
+    layer: Any,
     node_embed: Float[Tensor, "b n c_s"],
     edge_embed: Float[Tensor, "b n n c_z"],
     mask: Float[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, "b n n c_z_out"]:
-    """What `EdgeTransition` computes, with any layer that has its parameters."""
+    """What `EdgeTransition` computes, with any layer that has its parameters, of whatever class."""
     return edge_transition(
         layer.initial_embed(node_embed),
         edge_embed,
@@ -81,47 +118,7 @@ def update_pairs(
     )
 
 
-def transition_weights(layer: TransitionLayers) -> EdgeWeights:
-    """The operation's weights, in its order."""
-    layers: tuple[Any, ...] = (layer.trunk[0], layer.trunk[2], layer.final_layer, layer.layer_norm)
-    first, second, last, norm = layers
-    return (
-        first.weight,
-        first.bias,
-        second.weight,
-        second.bias,
-        last.weight,
-        last.bias,
-        norm.weight,
-        norm.bias,
-    )
-
-
-def pair_transition_use(layer: TransitionLayers) -> Use:
-    """The operation that `update_pairs` calls."""
-    nodes = layer.initial_embed.out_features
-    return Use(
-        "edge_transition",
-        {"cn": nodes, "cz": layer.final_layer.in_features - 2 * nodes, "cz_out": layer.final_layer.out_features},
-    )
-
-
-def check_two_layers(num_layers: int) -> None:
-    """Raise ValueError where the operation has another number of layers."""
-    if num_layers != 2:
-        raise ValueError(f"an edge transition has two layers, not {num_layers}")
-
-
-# The same for any layer with these parameters, of another project's class too: hence no type of ours.
-
-
-def edge_transition_use(layer: Any) -> Use:
-    """The edge transition, at the layer's sizes."""
-    share, hidden = layer.initial_embed.out_features, layer.final_layer.in_features
-    return Use("edge_transition", {"cn": share, "cz": hidden - 2 * share, "cz_out": layer.final_layer.out_features})
-
-
-def edge_transition_weights(layer: Any) -> EdgeWeights:
+def transition_weights(layer: Any) -> EdgeWeights:
     """The operation's weights, in its order."""
     first, second, last, norm = layer.trunk[0], layer.trunk[2], layer.final_layer, layer.layer_norm
     return (
@@ -134,3 +131,18 @@ def edge_transition_weights(layer: Any) -> EdgeWeights:
         norm.weight,
         norm.bias,
     )
+
+
+def pair_transition_use(layer: Any) -> Use:
+    """The operation that `update_pairs` calls."""
+    nodes = layer.initial_embed.out_features
+    return Use(
+        "edge_transition",
+        {"cn": nodes, "cz": layer.final_layer.in_features - 2 * nodes, "cz_out": layer.final_layer.out_features},
+    )
+
+
+def check_two_layers(num_layers: int) -> None:
+    """Raise ValueError where the operation has another number of layers."""
+    if num_layers != 2:
+        raise ValueError(f"an edge transition has two layers, not {num_layers}")

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....kernels import edge_transition as operation
 from ....kernels.binding import Use
-from ....modules.edge_transition import edge_transition_use, edge_transition_weights
+from ....modules.edge_transition import pair_transition_use, update_pairs
 from ..autocasting import layer_norm_type
 from ..checks import (
     require_children,
@@ -56,7 +55,7 @@ class EdgeTransition(Adapter):
     def example(self, module: nn.Module, generator: torch.Generator) -> Example:
         """See the class."""
         layer: Any = module
-        sizes = edge_transition_use(layer).dims
+        sizes = pair_transition_use(layer).dims
         nodes = torch.randn(2, 11, layer.initial_embed.in_features, generator=generator)
         z = torch.randn(2, 11, 11, sizes["cz"], generator=generator)
         return Example(
@@ -75,18 +74,12 @@ def _form(module: nn.Module) -> tuple[str, Forward, tuple[str, ...]]:
 
 def uses(layer: Any) -> list[Use]:
     """The edge transition, at the layer's sizes."""
-    return [edge_transition_use(layer)]
+    return [pair_transition_use(layer)]
 
 
 def two_dimensional(self: Any, node_embed: Tensor, edge_embed: Tensor) -> Tensor:
     """The forward of the FrameDiff lineage."""
-    out = operation.edge_transition(
-        self.initial_embed(node_embed),
-        edge_embed,
-        *edge_transition_weights(self),
-        eps=self.layer_norm.eps,
-        config=self.kernel_config,
-    )
+    out = update_pairs(self, node_embed, edge_embed)
     return out.to(layer_norm_type(self.layer_norm, edge_embed))
 
 
