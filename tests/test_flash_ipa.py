@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +20,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from foldkernels.compat import flash_ipa, multiflow
 from foldkernels.compat.errors import BadInput
+from foldkernels.configs.kernel import KernelConfig
 from foldkernels.configs.presets import PRESETS
 from foldkernels.kernels.binding import bind, users_of
-from foldkernels.kernels.registry import record_kernels
+from foldkernels.kernels.registry import KernelUnavailable, decide, record_kernels
+from foldkernels.kernels.requests import Dims, Request
 from foldkernels.modules.edge_factors import nearest_neighbours
 from foldkernels.modules.factor_trunk import FactorTrunk
 from foldkernels.modules.rigid import Rigid
@@ -461,3 +465,28 @@ def test_words_that_are_none() -> None:
     given["rotations"] = given["rotations"][:, :3]
     with pytest.raises(BadInput, match="rotations has shape"):
         model("flash_no_bias")(given)
+
+
+def test_a_width_that_a_required_kernel_cannot_take() -> None:
+    """flash-attn's 256 columns: the error names the limit, the sizes, and the kernels that have none."""
+    layer = flash_ipa.InvariantPointAttention(flash_ipa.IPAConfig(c_hidden=256, z_factor_rank=4))
+    (use,) = layer.kernel_uses()
+    request = Request(
+        operation=use.operation,
+        device="cuda",
+        capability=(9, 0),
+        dtype=torch.bfloat16,
+        dims=Dims({"n": 500, **use.dims}),
+        options=frozenset(use.options),
+    )
+    with pytest.raises(KernelUnavailable, match=r"256(.|\n)*torch"):
+        decide(request, KernelConfig.model_validate({"factorized_point_attention": "flash_attn"}))
+    assert decide(request, KernelConfig()).kernel.name != "flash_attn"
+
+
+def test_the_page_runs(root: Path) -> None:
+    """The Python of docs/flash-ipa.md, from top to bottom."""
+    page = (root / "docs" / "flash-ipa.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    exec(compile("\n".join(blocks), "docs/flash-ipa.md", "exec"), {})
