@@ -180,6 +180,40 @@ class SequenceNetConfig(TrunkConfig):
         return self
 
 
+class ESMCombinerConfig(Section):
+    """`esm_combiner`: a frozen language model before the enrichment. A bare word is its checkpoint."""
+
+    checkpoint: str | None = Field(
+        default=None,
+        description="Path of an ESM-2 checkpoint: what `esm.pretrained` downloads, or a state_dict under fair-esm's "
+        "names or Hugging Face's. Without one, the model is Multiflow's exactly.",
+    )
+    only_single: bool = Field(
+        default=False,
+        description="Mix it into the residues alone. Pairs need attention maps, which flash kernels do not give.",
+    )
+    hidden_dim: int = Field(default=128, gt=0, description="Hidden width of the projections.")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="Floating type of the language model."
+    )
+    linker: str = Field(
+        default="<eos>",
+        description="Tokens between chains. `<eos><cls>` gives each chain its own beginning and end, 25 times `G` is "
+        "ESMFold's.",
+    )
+    residue_index_offset: int = Field(
+        default=0, ge=0, description="Added to the positions at each new chain; ESMFold's is 512."
+    )
+    cache: int = Field(
+        default=0, ge=0, description="Batches whose features are kept, for runs that ask for the same sequences again."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_word(cls, value: Any) -> Any:
+        return {"checkpoint": value} if isinstance(value, str) else value
+
+
 class FoldkernelsConfig(Section):
     """Options that change how a model is run, never what its checkpoint's weights mean."""
 
@@ -188,6 +222,7 @@ class FoldkernelsConfig(Section):
         description="In training, compute each block's residue layers again in the backward pass instead of keeping "
         "their activations. The pair layers of the streamed kernels always do.",
     )
+    esm_combiner: ESMCombinerConfig = ESMCombinerConfig()
     enrichment: EnrichmentConfig = EnrichmentConfig()
     sequence_net: SequenceNetConfig = SequenceNetConfig()
     blocks: BlocksConfig = BlocksConfig()

@@ -1,15 +1,46 @@
-"""What a user may add to Multiflow's model: an enrichment before the trunk, a net before the logits."""
+"""What a user may add to Multiflow's model: a language model and an enrichment before the trunk, a net after it."""
 
 from __future__ import annotations
 
+import torch
+
 from ...configs.options import BlocksConfig, FoldkernelsConfig
 from ...modules.attention_trunk import AttentionTrunk
+from ...modules.esm_combiner import ESMCombiner
+from ...modules.frozen_esm import FrozenESM
 from ...modules.sequence_net import SequenceIPANet
+from .. import esm
 from ..errors import BadInput
 from .configuration import ModelConfig
 
 #: The model's attributes, which are the section's keys and the prefixes of the weights.
-PARTS = ("enrichment", "sequence_net")
+PARTS = ("esm_combiner", "enrichment", "sequence_net")
+
+
+def esm_combiner_of(model: ModelConfig, options: FoldkernelsConfig) -> ESMCombiner | None:
+    """The language model's features, mixed into the embeddings; None without. It is shared by all who name its file.
+
+    Raises:
+        BadInput: The checkpoint cannot be read, or a setting is wrong.
+    """
+    config = options.esm_combiner
+    if config.checkpoint is None:
+        return None
+    try:
+        language_model = esm.shared(config.checkpoint, getattr(torch, config.precision))
+    except BadInput as error:
+        raise BadInput(f"foldkernels.esm_combiner.checkpoint: {error.message}", error.hint) from error
+    try:
+        frozen = FrozenESM(
+            language_model,
+            pairs=not config.only_single,
+            linker=config.linker,
+            residue_index_offset=config.residue_index_offset,
+            cache=config.cache,
+        )
+        return ESMCombiner(frozen, model.node_embed_size, model.edge_embed_size, config.hidden_dim, config.only_single)
+    except ValueError as error:
+        raise BadInput(f"foldkernels.esm_combiner: {error}") from error
 
 
 def enrichment_of(model: ModelConfig, options: FoldkernelsConfig) -> AttentionTrunk | None:

@@ -20,7 +20,7 @@ from ...modules.rigid import Rigid
 from ...modules.trunk import Trunk
 from ..errors import BadInput
 from .configuration import ModelConfig, as_model_config
-from .extras import enrichment_of, sequence_net_of
+from .extras import enrichment_of, esm_combiner_of, sequence_net_of
 
 #: Residue types of Multiflow: 20 amino acids, then the mask.
 NUM_TOKENS, MASK_TOKEN_INDEX = 20, 20
@@ -32,7 +32,8 @@ class FlowModel(nn.Module):
 
     Args:
         model_config: The `model:` section: a `ModelConfig`, a mapping, or an attribute object.
-        options: Our own options. Without an enrichment or a sequence net among them the model is Multiflow's exactly.
+        options: Our own options. Without a language model, an enrichment or a sequence net among them the model is
+            Multiflow's exactly.
 
     Attributes:
         config: The checkpoint's whole config, where `load` made the model; else None.
@@ -66,6 +67,7 @@ class FlowModel(nn.Module):
             checkpointing=self.options.activation_checkpointing,
         )
         # Last, so that the parts above draw the weights they would draw without these.
+        self.esm_combiner = esm_combiner_of(section, self.options)
         self.enrichment = enrichment_of(section, self.options)
         self.sequence_net = sequence_net_of(section, self.options)
 
@@ -119,6 +121,8 @@ class FlowModel(nn.Module):
         nodes = nodes * there
         # The first embeddings are kept only for a net that merges with them.
         first = (nodes, z) if self._merges_first else (None, None)
+        if self.esm_combiner is not None:
+            nodes, z = self.esm_combiner(nodes, z, aatypes, chain_index, mask, overwrite_z=first[1] is None)
         if self.enrichment is not None:
             nodes, z = self.enrichment(
                 nodes,

@@ -16,7 +16,7 @@ OPERATION = register_operation(
         name="attention",
         summary="self-attention over a padded sequence",
         dims=("n", "h", "d"),
-        options=("dropout",),
+        options=("dropout", "maps"),
     )
 )
 
@@ -63,3 +63,39 @@ def attention(
     with without_autocast(q):
         out: Tensor = run(q.to(dtype), k.to(dtype), v.to(dtype), mask, keep, dropout)
     return out
+
+
+def attention_maps(
+    q: Float[Tensor, "b i h d"],
+    k: Float[Tensor, "b j h d"],
+    mask: Bool[Tensor, "b j"] | None = None,
+    *,
+    config: str = "",
+) -> Float[Tensor, "b h i j"]:
+    """The weights themselves: of some queries, or all, over every key. Only kernels that form them serve.
+
+    Args:
+        q: Queries; as many as are wanted.
+        k: Keys.
+        mask: True for keys that are there; the others get a weight of zero. Queries are not masked.
+        config: A module's kernel configuration, as its token.
+
+    Returns:
+        Softmax weights, in float32 at least: each row sums to one, or is zero where no key is there.
+
+    Raises:
+        KernelUnavailable: No kernel that the configuration allows forms the weights.
+    """
+    run = function_for(
+        OPERATION.name,
+        q,
+        length=k.shape[1],
+        dims={"h": q.shape[2], "d": q.shape[3]},
+        grad=any_requires_grad(q, k),
+        config=config,
+        options=("maps",),
+    )
+    dtype = floating_type(q)
+    with without_autocast(q):
+        maps: Tensor = run(q.to(dtype), k.to(dtype), None, mask)
+    return maps

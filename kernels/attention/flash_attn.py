@@ -15,19 +15,28 @@ library: ModuleType
 
 def supports(request: Request) -> list[Reason]:
     """Every reason against `request`."""
-    return flash_attn.against(request, request.dims["d"])
+    reasons = flash_attn.against(request, request.dims["d"])
+    if "maps" in request.options:
+        reasons.append(
+            Reason(
+                "attention maps are wanted, and flash-attn never forms them",
+                "use kernel 'torch' or 'reference' (kernel: {attention: torch}), or ask for no maps: only_single: true "
+                "where they are the pair features of a language model",
+            )
+        )
+    return reasons
 
 
 def run(
     q: Float[Tensor, "b n h d"],
     k: Float[Tensor, "b n h d"],
-    v: Float[Tensor, "b n h d"],
+    v: Float[Tensor, "b n h d"] | None,
     mask: Bool[Tensor, "b n"] | None = None,
     keep: Bool[Tensor, "b h n n"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "b n h d"]:
-    """Attend; dropout is refused by `supports`."""
-    assert keep is None and not dropout
+    """Attend; dropout and maps are refused by `supports`."""
+    assert v is not None and keep is None and not dropout
     return attend(library, q, k, v, mask, scale=q.shape[-1] ** -0.5)
 
 

@@ -50,7 +50,7 @@ def model_of(size: str, kernel: Any = "torch") -> FlowModel:
 
 def small_model(kernel: Any = "torch", /, **changes: Any) -> FlowModel:
     """The small checkpoint's model, with settings of its config changed: `model__ipa__dropout` is model.ipa.dropout."""
-    checkpoint = _small_checkpoint()
+    checkpoint = small_checkpoint()
     config = checkpoint.config.copy()
     for name, value in changes.items():
         OmegaConf.update(config, name.replace("__", "."), value, force_add=True)
@@ -58,7 +58,7 @@ def small_model(kernel: Any = "torch", /, **changes: Any) -> FlowModel:
 
 
 @cache
-def _small_checkpoint() -> Checkpoint:
+def small_checkpoint() -> Checkpoint:
     return read_checkpoint(MULTIFLOW / "small")
 
 
