@@ -20,7 +20,7 @@ from .kernel_module import KernelModule
 from .length_groups import grouped
 
 #: Weights of a block of rows of the attention maps, all layers and heads, at most; on a GPU, many more.
-_WEIGHTS_AT_ONCE, _WEIGHTS_AT_ONCE_GPU = 1 << 22, 1 << 26
+_WEIGHTS_AT_ONCE, _WEIGHTS_AT_ONCE_GPU = 1 << 20, 1 << 26
 
 
 @dataclass(frozen=True)
