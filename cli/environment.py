@@ -11,9 +11,13 @@ from ..configs.resolve import ENVIRONMENT_VARIABLE
 OURS: Mapping[str, str] = {
     ENVIRONMENT_VARIABLE: "What `--kernel` takes, separated by commas: `flash`, or `flash,attention=torch`. "
     "The command line and the call win over it, it wins over the file.",
+    "FOLDKERNELS_CACHE": "The folder for what is measured once and kept (`foldkernels` in the user's cache folder when "
+    "not set).",
     "FOLDKERNELS_DEBUG": "`1`: the command line shows the traceback of an error, too.",
     "FOLDKERNELS_PROBE_TIMEOUT": "Seconds that an optional package may take to be imported when it is tried out "
     "(180 when not set).",
+    "FOLDKERNELS_TUNE": "`1`: a Triton kernel's first call of a kind tries a few tile sizes on the GPU, and the "
+    "fastest is kept; else what was kept is used, or the table.",
 }
 
 #: Other people's, for `foldkernels doctor`.

@@ -51,10 +51,13 @@ _LIBRARIES: Mapping[str, Candidates] = {
 _FLASH: Mapping[str, Candidates] = {
     "attention": ("flash_attn",),
     "factorized_point_attention": ("flash_attn",),
+    "invariant_point_attention": ("triton",),
     "triangle_attention": ("trifast",),
 }
-# Our own. Interpreted and compiled so far, never run on a GPU: they stand under their own word until they have been.
-_TRITON: Mapping[str, Candidates] = dict.fromkeys(("triangle_attention", "attention_pair_bias"), ("triton",))
+# Our own. Interpreted and compiled so far, never run on a GPU: `auto` leaves them out until a run on one is committed.
+_TRITON: Mapping[str, Candidates] = dict.fromkeys(
+    ("invariant_point_attention", "triangle_attention", "attention_pair_bias"), ("triton",)
+)
 
 #: preset -> operation -> device type -> kernels, best first.
 PRESETS: Mapping[str, Lists] = MappingProxyType(

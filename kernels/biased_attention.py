@@ -6,7 +6,6 @@ over the bias of those, and the backward is written out: it computes the weights
 rows in float32.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from .blocks import block_dtype, pairs_per_block, slices
+from .blocks import Scratch, block_dtype, pairs_per_block, slices
 from .custom import no_double_backward
 from .tensors import widest
 
@@ -43,48 +42,39 @@ class _Bias:
     """
 
     def __init__(self, bias: Float[Tensor, "h i j"], mask: Bool[Tensor, "r j"] | None) -> None:
-        self.bias = bias
-        self.held = _Scratch(bias)
-        self.out_of_reach: Float[Tensor, "r j"] | None = None
+        self.bias, self.mask, self.held = bias, mask, Scratch(bias, bias.dtype)
+        self.last: tuple[Tensor, slice, Tensor] | None = None
         if mask is not None:
             # Finite, so that a row without keys is no 0 / 0; halved, so that a logit added to it does not overflow.
             self.out_of_reach = bias.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(bias.dtype).min / 2)
 
     def of(self, rows: slice, queries: slice) -> Float[Tensor, "#r h i j"]:
         bias = self.bias[None, :, queries]
-        if self.out_of_reach is None:
+        if self.mask is None:
             return bias
+        mask = self.mask[rows]
+        alone = len(mask) == 1 and mask.device.type == "cpu"  # a GPU's mask is never read
+        if alone and self.last is not None and self.last[1] == queries and torch.equal(self.last[0], mask):
+            return self.last[2]  # most rows of a padded batch have the same keys
         # Added, as `where` and `masked_fill` are ten times slower with these shapes.
-        of_rows = self.out_of_reach[rows, None, None, :]
-        return torch.add(bias, of_rows, out=self.held(len(of_rows), *bias.shape[1:]))
+        over = torch.add(
+            bias, self.out_of_reach[rows, None, None, :], out=self.held.take("bias", len(mask), *bias.shape[1:])
+        )
+        self.last = (mask, queries, over) if alone else None
+        return over
 
 
-class _Scratch:
-    """Memory that is used again for every tile: asking the system for it would cost as much as a product."""
-
-    def __init__(self, like: Tensor, dtype: torch.dtype | None = None) -> None:
-        self.memory = like.new_empty(0, dtype=dtype)
-
-    def __call__(self, *shape: int) -> Tensor:
-        numbers = math.prod(shape)
-        if self.memory.numel() < numbers:
-            self.memory = self.memory.new_empty(numbers)
-        return self.memory[:numbers].view(shape)
+def _zero_without_keys(x: Float[Tensor, "r h i d"], mask: Bool[Tensor, "r j"] | None) -> None:
+    """Set the rows to zero that have no keys."""
+    if mask is not None:
+        empty = ~mask.any(-1)
+        if empty.device.type != "cpu" or bool(empty.any()):
+            x.masked_fill_(empty[:, None, None, None], 0.0)
 
 
-def _product(left: Float[Tensor, "r h i d"], right: Float[Tensor, "r h d j"], scratch: _Scratch) -> Tensor:
-    """A batched product, in the scratch memory's type."""
-    r, h, i, j = *left.shape[:3], right.shape[3]
-    out = scratch(r, h, i, j)
-    if out.dtype is left.dtype:
-        torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out=out.view(r * h, i, j))
-        return out
-    return out.copy_(left @ right)
-
-
-def _empty(mask: Bool[Tensor, "r j"]) -> Bool[Tensor, "r 1 1 1"]:
-    """The rows without keys."""
-    return ~mask.any(-1)[:, None, None, None]
+def _skipped(mask: Bool[Tensor, "r j"] | None) -> bool:
+    """Whether a tile has no keys at all; on a GPU nobody knows."""
+    return mask is not None and mask.device.type == "cpu" and not bool(mask.any())
 
 
 def attend(
@@ -100,13 +90,50 @@ def attend(
     # PyTorch's own attention takes a float32 bias beside 16-bit data on a CPU only.
     biases = _Bias(bias.to(widest(q) if q.device.type == "cpu" else dtype), mask)
     for rows in slices(q.shape[0], tile.rows):
+        allowed = None if mask is None else mask[rows]
+        if _skipped(allowed):
+            out[rows] = 0.0
+            continue
         keys, values = k[rows].to(dtype), v[rows].to(dtype)
         for some in slices(q.shape[2], tile.queries):
             queries = q[rows, :, some].to(dtype)
             over = biases.of(rows, some).expand(len(queries), -1, -1, -1)
             out[rows, :, some] = F.scaled_dot_product_attention(queries, keys, values, attn_mask=over)
-    if mask is not None:
-        out.masked_fill_(_empty(mask), 0.0)
+        _zero_without_keys(out[rows], allowed)
+
+
+def _logits(
+    q: Float[Tensor, "r h i d"],
+    k: Float[Tensor, "r h j d"],
+    over: Float[Tensor, "#r h i j"],
+    out: Float[Tensor, "r h i j"],
+) -> Float[Tensor, "r h i j"]:
+    """Write scaled products plus the bias, in the type of `out`."""
+    scale = q.shape[-1] ** -0.5
+    if len(q) == 1 and out.dtype is q.dtype:
+        torch.baddbmm(over[0], q[0], k[0].transpose(-1, -2), alpha=scale, out=out[0])
+        return out
+    return out.copy_(q @ k.transpose(-1, -2)).mul_(scale).add_(over)
+
+
+def _product(
+    left: Float[Tensor, "r h i d"],
+    right: Float[Tensor, "r h d j"],
+    into: Float[Tensor, "r h i j"],
+    scale: float = 1.0,
+    *,
+    add: bool = False,
+) -> None:
+    """Write a scaled batched product, or add it to what is there."""
+    if len(left) == 1 and into.dtype is left.dtype:
+        into[0].baddbmm_(left[0], right[0], beta=1.0 if add else 0.0, alpha=scale)
+        return
+    product = left @ right
+    product = product if scale == 1.0 else product.mul_(scale)
+    if add:
+        into += product
+    else:
+        into.copy_(product)
 
 
 def attend_backward(
@@ -130,29 +157,40 @@ def attend_backward(
     dtype = widest(q) if q.device.type == "cpu" else q.dtype
     wide, tile, scale = widest(q), _tile(q, k), q.shape[-1] ** -0.5
     biases = _Bias(bias.to(wide), mask)
-    for_weights, for_gradients = _Scratch(q, wide), _Scratch(q, wide)
+    scratch = Scratch(q, wide)
+    # Sums over several tiles of queries are not rounded to 16 bits in between.
+    at_once = tile.queries >= q.shape[2] or d_k.dtype is wide
     for rows in slices(q.shape[0], tile.rows):
+        allowed = None if mask is None else mask[rows]
+        if _skipped(allowed):
+            for x in (d_q, d_k, d_v, *(() if out is None else (out,))):
+                x[rows] = 0.0
+            continue
         keys, values = k[rows].to(dtype), v[rows].to(dtype)
-        sum_k, sum_v = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (keys, values))
+        of_keys, of_values = (x[rows] if at_once else torch.empty_like(x[rows], dtype=wide) for x in (d_k, d_v))
         for some in slices(q.shape[2], tile.queries):
-            queries, d_some = q[rows, :, some].to(dtype), d_out[rows, :, some].to(dtype)
-            if mask is not None:
-                d_some = d_some.masked_fill(_empty(mask[rows]), 0.0)
-            queries = queries * scale
-            weights = _product(queries, keys.transpose(-1, -2), for_weights).add_(biases.of(rows, some))
+            queries, d_some, add = q[rows, :, some].to(dtype), d_out[rows, :, some].to(dtype), some.start > 0
+            if allowed is not None and (len(allowed) > 1 or allowed.device.type != "cpu"):
+                d_some = d_some.clone(memory_format=torch.contiguous_format)
+                _zero_without_keys(d_some, allowed)
+            logits = (*queries.shape[:3], keys.shape[2])
+            weights = _logits(queries, keys, biases.of(rows, some), scratch.take("weights", *logits))
             torch.softmax(weights, -1, out=weights)
+            narrow = weights.to(dtype)
             if out is not None:
-                out[rows, :, some] = weights.to(dtype) @ values
-            d_logits = _product(d_some, values.transpose(-1, -2), for_gradients)
-            sum_v += weights.to(dtype).transpose(-1, -2) @ d_some
+                _product(narrow, values, out[rows, :, some])
+            _product(narrow.transpose(-1, -2), d_some, of_values, add=add)
+            d_logits = scratch.take("gradients", *logits)
+            _product(d_some, values.transpose(-1, -2), d_logits)
             torch.ops.aten._softmax_backward_data(d_logits, weights, -1, wide, grad_input=d_logits)
             d_bias[:, some] += d_logits[0] if len(d_logits) == 1 else d_logits.sum(0)
-            d_logits = d_logits.to(dtype)
-            d_q[rows, :, some] = (d_logits @ keys).mul_(scale)
-            sum_k += d_logits.transpose(-1, -2) @ queries
-        d_k[rows], d_v[rows] = sum_k, sum_v
-    if out is not None and mask is not None:
-        out.masked_fill_(_empty(mask), 0.0)
+            narrow = d_logits.to(dtype)
+            _product(narrow, keys, d_q[rows, :, some], scale)
+            _product(narrow.transpose(-1, -2), queries, of_keys, scale, add=add)
+        if not at_once:
+            d_k[rows], d_v[rows] = of_keys, of_values
+        if out is not None:
+            _zero_without_keys(out[rows], allowed)
 
 
 def streamed(operation: str) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .blocks import block_dtype, norm_dtype, row_blocks
 from .custom import no_double_backward
-from .rows import accumulate_, zeros_like_wide
+from .rows import accumulate_, layer_norm_backward, zeros_like_wide
 from .tensors import widest
 
 
@@ -156,13 +156,10 @@ def pair_bias_backward(
         if scale is None:
             accumulate_(d_weight, d_heads, given)
         else:
-            x, mean, inverse_std = torch.native_layer_norm(given, given.shape[-1:], scale, shift, eps)
+            assert shift is not None
+            x = torch.layer_norm(given, given.shape[-1:], scale, shift, eps)
             accumulate_(d_weight, d_heads, x)
-            dx, of_scale, of_shift = torch.ops.aten.native_layer_norm_backward(
-                dx, given, given.shape[-1:], mean, inverse_std, scale, shift, [True, True, True]
-            )
-            d_scale += of_scale
-            d_shift += of_shift
+            dx = layer_norm_backward(dx, given, scale, shift, d_scale, d_shift, eps)
         block = dx.view(z[i, rows].shape)
         if add:
             dz[i, rows] += block

@@ -76,9 +76,22 @@ def layer_norm_rows_backward(
     """The gradient of `x`; those of the weight and the bias are added to `d_weight` and `d_bias`."""
     if mask is not None:
         d_out = d_out.masked_fill(no_pair(mask, rows), 0.0)
+    return layer_norm_backward(d_out.reshape(x.shape), x, weight, bias, d_weight, d_bias, eps)
+
+
+def layer_norm_backward(
+    d_out: Float[Tensor, "*b c"],
+    x: Float[Tensor, "*b c"],
+    weight: Float[Tensor, " c"],
+    bias: Float[Tensor, " c"],
+    d_weight: Float[Tensor, " c"],
+    d_bias: Float[Tensor, " c"],
+    eps: float,
+) -> Float[Tensor, "*b c"]:
+    """The gradient of a LayerNorm's input, in its type; the weight's and the bias's are added to what is there."""
     # In float32 at least: in bfloat16, PyTorch adds up the weight's and the bias's gradients in bfloat16, too.
     given, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    d_out, x, weight, bias = d_out.reshape(x.shape).to(wide), x.to(wide), weight.to(wide), bias.to(wide)
+    d_out, x, weight, bias = d_out.to(wide), x.to(wide), weight.to(wide), bias.to(wide)
     shape = x.shape[-1:]
     _, mean, inverse_std = torch.native_layer_norm(x, shape, weight, bias, eps)
     d_x: Tensor

@@ -182,16 +182,21 @@ def nearest_neighbours(
         k: Neighbours; at most n.
     """
     b, n, _ = positions.shape
+    if 4 * b * n * n <= _BLOCK:  # without a loop over the length, one compiled graph serves many lengths
+        return _nearest_of(positions, positions, 0, k)
     rows = max(1, _BLOCK // max(1, 4 * b * n))
-    distances, indices = [], []
-    for start in range(0, n, rows):
-        # Differences, not an inner product: that would lose near neighbours far from the origin to cancellation.
-        block = torch.linalg.vector_norm(positions[:, start : start + rows, None] - positions[:, None], dim=-1)
-        block.diagonal(start, 1, 2).add_(1e6)
-        nearest = block.topk(k, dim=-1, largest=False)
-        distances.append(nearest.values)
-        indices.append(nearest.indices)
+    blocks = [_nearest_of(positions[:, start : start + rows], positions, start, k) for start in range(0, n, rows)]
+    distances, indices = zip(*blocks, strict=True)
     return torch.cat(distances, dim=1), torch.cat(indices, dim=1)
+
+
+def _nearest_of(rows: Tensor, positions: Tensor, start: int, k: int) -> tuple[Tensor, Tensor]:
+    """The neighbours of residues from `start` on."""
+    # Differences, not an inner product: that would lose near neighbours far from the origin to cancellation.
+    distances = torch.linalg.vector_norm(rows[:, :, None] - positions[:, None], dim=-1)
+    distances.diagonal(start, 1, 2).add_(1e6)
+    nearest = distances.topk(k, dim=-1, largest=False)
+    return nearest.values, nearest.indices
 
 
 def distance_bins(distances: Float[Tensor, "..."], lower: Float[Tensor, " bins"]) -> Bool[Tensor, "... bins"]:

@@ -274,8 +274,9 @@ def test_second_derivative_of_the_reference(operation):
 
 def test_the_rule_sees_what_it_is_there_for():
     """Errors planted in a copy of plain PyTorch's result: each is seen."""
-    # Not the triangle operations': some of their gradients cancel to rounding in bfloat16.
-    for operation, dtype in itertools.product(sorted(BUILDERS.keys() - triangle_cases.BUILDERS.keys()), DTYPES):
+    for operation, dtype in itertools.product(sorted(BUILDERS), DTYPES):
+        if operation in triangle_cases.BUILDERS and dtype is torch.bfloat16:
+            continue  # some of their gradients cancel to rounding there
         truth, plain = truth_and_plain(operation, 17, "masked", 0, dtype, "cpu")
         for spoil in (_scaled, _one_missing, _a_nan):
             for which in range(len(plain.outputs)):

@@ -20,7 +20,7 @@ from foldkernels.kernels.attention_pair_bias import PairProjection, attention_pa
 from foldkernels.kernels.custom import NoDoubleBackward
 from foldkernels.kernels.registry import record_kernels, token
 from foldkernels.kernels.triangle_attention import triangle_attention
-from foldkernels.kernels.triangle_multiplication import Weights, triangle_multiplication
+from foldkernels.kernels.triangle_multiplication import Weights, _channels, triangle_multiplication
 
 from .support.triangle import LAYOUTS, golden, leaves_of, run, worst
 from .triangle_cases import BUILDERS, Draws
@@ -431,6 +431,52 @@ def test_boltz_triangle_multiplication(direction, kernel):
     torch.testing.assert_close(gradient, data["grad.x"], rtol=1e-4, atol=1e-5)
     for name, found in zip(leaves, of_weights, strict=True):
         torch.testing.assert_close(found, data[f"gradw.{name}"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wider", [0, 3])
+def test_bands_of_the_product(wider, dtype, direction, monkeypatch):
+    """Bands of uneven height, with the result in the product's place (as wide as the product) and beside it."""
+    n, cz = 7, 16
+    r = Draws(5)
+    shapes = {"norm_in_weight": (cz,), "norm_in_bias": (cz,), "p_in": (2 * (cz + wider), cz)}
+    shapes |= {"g_in": (2 * (cz + wider), cz), "norm_out_weight": (cz + wider,), "norm_out_bias": (cz + wider,)}
+    shapes |= {"p_out": (cz, cz + wider), "g_out": (cz, cz)}
+    weights = Weights(*(r.weight(*shape, scale=shape[-1] ** -0.5).to(dtype) for shape in shapes.values()))
+    z, mask = r.normal(2, n, n, cz).to(dtype), r.mask(2, n, n)
+    given = z.clone()
+
+    def update(kernel: str) -> torch.Tensor:
+        wide = torch.float64 if kernel == "reference" else dtype
+        config = words("triangle_multiplication", kernel)
+        return triangle_multiplication(z.to(wide), mask, weights.to(wide), direction, config=config)
+
+    truth, whole = update("reference"), update("torch")
+    monkeypatch.setattr(_channels, "_BAND", 3)
+    monkeypatch.setattr(_channels, "_CHANNELS", 5)
+    monkeypatch.setattr(blocks, "_PAIRS_PER_THREAD", dict.fromkeys((torch.float32, torch.float64), 2 * n))
+    cut = update("torch")
+    assert torch.equal(z, given)
+    bound = 2e-6 if dtype is torch.float32 else 2e-2
+    for found in (whole, cut):
+        assert float((found.double() - truth).abs().max() / truth.abs().max()) < bound
+
+
+@each_kernel
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+def test_a_masked_pair_is_no_edge(direction, kernel):
+    """Whatever masked pairs hold, the others' updates stay the same; their own, which they gate, do not."""
+    case = BUILDERS["triangle_multiplication"](8, 2, True, 0, 3)
+    values = {name: None if value is None else value.clone() for name, value in case["values"].items()}
+    weights, mask = Weights(*list(values.values())[2:]), values["mask"]
+    assert mask is not None and values["z"] is not None
+    other = values["z"].clone()
+    other[~mask] = 100.0 * other[~mask].square() + 37.0  # a LayerNorm would take out scale and shift
+    config = words("triangle_multiplication", kernel)
+    before, after = (triangle_multiplication(z, mask, weights, direction, config=config) for z in (values["z"], other))
+    torch.testing.assert_close(after[mask], before[mask], rtol=1e-12, atol=1e-12)
+    assert (after[~mask] - before[~mask]).abs().max() > 0.1
 
 
 @each_kernel

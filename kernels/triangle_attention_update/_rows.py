@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from ..biased_attention import attend, attend_backward
 from ..blocks import block_dtype, norm_dtype
 from ..pair_projection import pair_bias_backward, pair_bias_into
-from ..rows import accumulate_, zeros_like_wide
+from ..rows import accumulate_, layer_norm_backward, zeros_like_wide
 from ..tensors import widest
 from . import Weights
 
@@ -94,9 +94,7 @@ class Backward(Forward):
         """The gradient of some rows of z, but for what reaches them through the bias."""
         given = self.z[i, rows].to(self.dtype).contiguous()
         r, m, cz = given.shape
-        shape = given.shape[-1:]
-        x, mean, inverse_std = torch.native_layer_norm(given, shape, self.w.norm_weight, self.w.norm_bias, self.eps)
-        x = x.view(-1, cz)
+        x = self.normed(given)
         (q, k, v, _), gate = self.project(x, r)
 
         d_last = d_update.reshape(-1, cz).to(self.dtype)
@@ -125,19 +123,15 @@ class Backward(Forward):
             self.d_gate_bias += d_gate.sum(0, dtype=self.d_gate_bias.dtype)
         if self.w.out_bias is not None:
             self.d_out_bias += d_last.sum(0, dtype=self.d_out_bias.dtype)
-        dx, of_scale, of_shift = torch.ops.aten.native_layer_norm_backward(
+        return layer_norm_backward(
             (d_projected @ self.packed).view(given.shape),
             given,
-            shape,
-            mean,
-            inverse_std,
             self.w.norm_weight,
             self.w.norm_bias,
-            [True, True, True],
+            self.d_scale,
+            self.d_shift,
+            self.eps,
         )
-        self.d_scale += of_scale
-        self.d_shift += of_shift
-        return dx
 
     def add_through_bias(self, i: int, dz: Float[Tensor, "n n cz"]) -> None:
         """Add what reaches batch item i through the bias, once all its blocks are done."""

@@ -1,8 +1,9 @@
 """The triangle multiplicative update of one pair tensor: projections by blocks of rows, products by blocks of channels.
 
 The product over the third node is one matrix product of n x n a channel, so both factors are wanted channels first.
-They come out of the projections that way (W x^T instead of x W^T), and only for the channels at hand: the largest thing
-that exists is the product itself.
+They come out of the projections that way (W x^T instead of x W^T), and only for the channels at hand. The product is
+held in bands of rows, channels first within a band: a band is as large as its part of the result, which takes its
+place. So the largest thing that exists is the result.
 """
 
 from collections.abc import Iterator
@@ -13,11 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..blocks import block_dtype, norm_dtype, pairs_per_block, slices
-from ..rows import accumulate_
+from ..rows import accumulate_, layer_norm_backward
 from ..tensors import widest
 from . import Weights
 
 _CHANNELS = 32  # products at once: fewer leave the projections too narrow, more take memory
+_BAND = 64  # rows: lower ones make the products too flat, higher ones take memory where a band becomes the result
 
 
 def prepare(weights: Weights, z: Tensor) -> Weights:
@@ -26,10 +28,10 @@ def prepare(weights: Weights, z: Tensor) -> Weights:
     return weights.to(block_dtype(z))._replace(**norms)
 
 
-def _blocks(z: Float[Tensor, "n n cz"]) -> Iterator[tuple[slice, slice]]:
+def _blocks(z: Float[Tensor, "rows n cz"]) -> Iterator[tuple[slice, slice]]:
     """Blocks of rows, and the pairs in each."""
-    n = z.shape[0]
-    for rows in slices(n, max(1, pairs_per_block(z) // max(n, 1))):
+    count, n = z.shape[:2]
+    for rows in slices(count, max(1, pairs_per_block(z) // max(n, 1))):
         yield rows, slice(rows.start * n, rows.stop * n)
 
 
@@ -72,10 +74,12 @@ def _factors(
         flat[:, pairs] = edges
 
 
-def _multiply(factors: Float[Tensor, "2 some n n"], outgoing: bool, out: Float[Tensor, "some n n"]) -> None:
-    """Sum over the third node k: left_ik right_jk, or left_ki right_kj."""
-    left, right = factors
-    torch.bmm(*((left, right.transpose(1, 2)) if outgoing else (left.transpose(1, 2), right)), out=out)
+def _multiply(
+    factors: Float[Tensor, "2 some n n"], outgoing: bool, out: Float[Tensor, "some rows n"], rows: slice | None = None
+) -> None:
+    """Sum over the third node k: left_ik right_jk, or left_ki right_kj; for all rows i, or for some."""
+    left, right = factors if outgoing else factors.transpose(2, 3)
+    torch.bmm(left if rows is None else left[:, rows], right.transpose(1, 2), out=out)
 
 
 def _multiply_backward(
@@ -88,14 +92,6 @@ def _multiply_backward(
     return d_factors
 
 
-def _norm_out(
-    product: Float[Tensor, "c pairs"], w: Weights, eps: float
-) -> tuple[Float[Tensor, "pairs c"], Float[Tensor, "pairs c"], Tensor, Tensor]:
-    """Turn a block of the product pairs first; it, its LayerNorm, and what that found."""
-    given = product.t().contiguous()
-    return (given, *torch.native_layer_norm(given, given.shape[-1:], w.norm_out_weight, w.norm_out_bias, eps))
-
-
 def forward_item(
     z: Float[Tensor, "n n cz"],
     mask: Bool[Tensor, "n n"] | None,
@@ -105,19 +101,25 @@ def forward_item(
     out: Float[Tensor, "n n cz"],
 ) -> None:
     """Write the update of one pair tensor."""
-    n, c = z.shape[0], w.p_out.shape[1]
-    product = z.new_empty(c, n, n, dtype=w.p_in.dtype)
+    n, c, dtype = z.shape[0], w.p_out.shape[1], w.p_in.dtype
+    in_place = c == out.shape[-1] and dtype is out.dtype and out.is_contiguous()
+    product = out if in_place else z.new_empty(n, n, c, dtype=dtype)
+    bands = list(slices(n, _BAND))
     factors = product.new_empty(2, min(c, _CHANNELS), n, n)
     for channels in slices(c, _CHANNELS):
         if channels.stop - channels.start < factors.shape[1]:
             factors = product.new_empty(2, channels.stop - channels.start, n, n)
         _factors(z, mask, w, channels, eps, factors)
-        _multiply(factors, outgoing, product[channels])
+        for band in bands:
+            _multiply(factors, outgoing, product[band].view(c, -1, n)[channels], band)
     del factors
-    for rows, pairs in _blocks(z):
-        _, normed, _, _ = _norm_out(product.view(c, -1)[:, pairs], w, eps)
-        gate = F.linear(_norm_in(z[rows], w, eps), w.g_out, w.g_out_bias).sigmoid_()
-        out[rows] = F.linear(normed, w.p_out, w.p_out_bias).mul_(gate).view(out[rows].shape)
+    for band in bands:
+        given = product[band].view(c, -1).t().contiguous()  # a copy: the result may take its place
+        of_band = out[band]
+        for rows, pairs in _blocks(of_band):
+            normed = torch.layer_norm(given[pairs], (c,), w.norm_out_weight, w.norm_out_bias, eps)
+            gate = F.linear(_norm_in(z[band][rows], w, eps), w.g_out, w.g_out_bias).sigmoid_()
+            of_band[rows] = F.linear(normed, w.p_out, w.p_out_bias).mul_(gate).view(of_band[rows].shape)
 
 
 def backward_item(
@@ -158,7 +160,8 @@ def _output_backward(
     """From the result to the product, which its gradient replaces; `dx` gets what passes through the output's gate."""
     flat = product.view(product.shape[0], -1)
     for rows, pairs in _blocks(z):
-        given, normed, mean, inverse_std = _norm_out(flat[:, pairs], w, eps)
+        given = flat[:, pairs].t().contiguous()
+        normed = torch.layer_norm(given, given.shape[-1:], w.norm_out_weight, w.norm_out_bias, eps)
         x = _norm_in(z[rows], w, eps)
         gate = F.linear(x, w.g_out, w.g_out_bias).sigmoid_()
         d_rows = d_out[rows].reshape(x.shape).to(x.dtype)
@@ -167,18 +170,9 @@ def _output_backward(
         _linear_sums(sums.p_out, sums.p_out_bias, d_last, normed)
         _linear_sums(sums.g_out, sums.g_out_bias, d_gate, x)
         dx[rows] = (d_gate @ w.g_out).view(dx[rows].shape)
-        d_given, of_scale, of_shift = torch.ops.aten.native_layer_norm_backward(
-            d_last @ w.p_out,
-            given,
-            given.shape[-1:],
-            mean,
-            inverse_std,
-            w.norm_out_weight,
-            w.norm_out_bias,
-            [True, True, True],
+        d_given = layer_norm_backward(
+            d_last @ w.p_out, given, w.norm_out_weight, w.norm_out_bias, sums.norm_out_weight, sums.norm_out_bias, eps
         )
-        sums.norm_out_weight.add_(of_scale)
-        sums.norm_out_bias.add_(of_shift)
         flat[:, pairs] = d_given.t()
 
 
@@ -196,9 +190,7 @@ def _input_backward(
     flat = d_factors.view(-1, z.shape[0] ** 2)
     for rows, pairs in _blocks(z):
         given = z[rows].to(w.p_in.dtype).contiguous()
-        shape = given.shape[-1:]
-        normed, mean, inverse_std = torch.native_layer_norm(given, shape, w.norm_in_weight, w.norm_in_bias, eps)
-        x = normed.flatten(0, 1)
+        x = _norm_in(given, w, eps)
         d_edges = flat[:, pairs]
         if mask is not None:
             d_edges = d_edges * mask[rows].reshape(-1)
@@ -208,18 +200,15 @@ def _input_backward(
         _linear_sums(sums.p_in, sums.p_in_bias, d_p.t(), x)
         _linear_sums(sums.g_in, sums.g_in_bias, d_gate.t(), x)
         d_normed = torch.mm(d_p.t(), w.p_in).addmm_(d_gate.t(), w.g_in).view(given.shape)
-        d_given, of_scale, of_shift = torch.ops.aten.native_layer_norm_backward(
+        d_given = layer_norm_backward(
             (d_normed + dx[rows]).to(given.dtype),
             given,
-            shape,
-            mean,
-            inverse_std,
             w.norm_in_weight,
             w.norm_in_bias,
-            [True, True, True],
+            sums.norm_in_weight,
+            sums.norm_in_bias,
+            eps,
         )
-        sums.norm_in_weight.add_(of_scale)
-        sums.norm_in_bias.add_(of_shift)
         dz[rows] = d_given
 
 

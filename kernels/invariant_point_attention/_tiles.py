@@ -1,0 +1,148 @@
+"""How the Triton kernels of invariant point attention are run on each chip, and whom they serve.
+
+Data only, and no Triton: the choice for an H100 is made, and tested, anywhere.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from ..chips import reasons_against_chip, reasons_against_type, shared_memory
+from ..requests import Reason, Request
+
+
+class Plan(NamedTuple):
+    """A program's share of the pairs, and how it is run.
+
+    Attributes:
+        fused: Whether the kernel computes the scalar and point part of the logits, or reads it.
+        queries: Rows of a tile.
+        keys: Columns of a tile.
+        heads: How many heads a tile has, real or not.
+        warps: Warps of a program.
+        stages: Tiles of z that are under way.
+    """
+
+    fused: bool
+    queries: int
+    keys: int
+    heads: int
+    warps: int
+    stages: int
+
+
+#: The widest lifted head, without its norm, that is served by computing all of the logits in the kernel.
+FUSED_WIDTH = 64
+#: Heads and channels of tiles. More heads than a tile has are served in groups, for each of which z is loaded.
+HEADS, CHANNELS = (8,), (128,)
+FORWARD, BACKWARD = "forward", "backward"
+EXACT, HALF = "float32", "16 bits"
+FUSED, WIDE = True, False
+
+Tile = tuple[int, int, int, int]  # rows, columns, warps, stages
+Variant = tuple[str, str, bool]
+
+#: Bytes of shared memory a block -> kernel, type of z and way -> heads and channels of a tile -> the tile. Chosen by
+#: shared memory, registers and spills as compiled ahead of time (tests/goldens/triton/ipa_usage.json); nothing has been
+#: timed. A size takes the next larger heads and channels, whose memory holds it.
+TABLE: Mapping[int, Mapping[Variant, Mapping[tuple[int, int], Tile]]] = {
+    166_912: {
+        (FORWARD, HALF, FUSED): {(8, 128): (8, 16, 8, 2)},
+        (FORWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3)},
+        (FORWARD, EXACT, WIDE): {(8, 128): (4, 16, 8, 3)},
+        (BACKWARD, HALF, FUSED): {(8, 128): (4, 16, 8, 2)},
+        (BACKWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 2)},
+        (BACKWARD, EXACT, WIDE): {(8, 128): (2, 16, 8, 2)},
+    },
+    101_376: {
+        (FORWARD, HALF, FUSED): {(8, 128): (4, 16, 8, 2)},
+        (FORWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3)},
+        (FORWARD, EXACT, WIDE): {(8, 128): (4, 16, 8, 2)},
+        (BACKWARD, HALF, WIDE): {(8, 128): (4, 16, 8, 2)},
+        (BACKWARD, EXACT, WIDE): {(8, 128): (2, 16, 8, 2)},
+    },
+    232_448: {
+        (FORWARD, HALF, FUSED): {(8, 128): (8, 16, 8, 3)},
+        (FORWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3)},
+        (FORWARD, EXACT, WIDE): {(8, 128): (4, 16, 8, 3)},
+        (BACKWARD, HALF, FUSED): {(8, 128): (8, 16, 8, 2)},
+        (BACKWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3)},
+        (BACKWARD, EXACT, WIDE): {(8, 128): (2, 16, 8, 2)},
+    },
+}
+
+def width(size: int, least: int = 16) -> int:
+    """How wide a tile is for `size` columns: a power of two."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def _cell(h: int, cz: int) -> tuple[int, int]:
+    """The heads and channels of the table that hold so many; zeros where none do."""
+    return next((x for x in HEADS if h <= x), 0), next((x for x in CHANNELS if cz <= x), 0)
+
+
+def _type(dtype: torch.dtype) -> str:
+    return EXACT if dtype is torch.float32 else HALF
+
+
+def plans_for(
+    capability: tuple[int, int] | None, kernel: str, dtype: torch.dtype, *, h: int, cz: int, d: int, dv: int
+) -> list[Plan]:
+    """A few ways to run a kernel, all of which fit the chip; the first is taken unless another was measured.
+
+    Args:
+        capability: The chip's compute capability.
+        kernel: "forward" or "backward".
+        dtype: The type of z.
+        h: Heads.
+        cz: Channels of z.
+        d: The width of a lifted query, without the one for the norms.
+        dv: The width of lifted values.
+
+    Raises:
+        ValueError: There is none, which `reasons_against` would have said.
+    """
+    table = TABLE.get(shared_memory(capability), {})
+    cell = _cell(h, cz)
+    found = []
+    for way in (FUSED, WIDE):
+        tile = table.get((kernel, _type(dtype), way), {}).get(cell)
+        if tile is not None and (way is WIDE or max(d, dv) <= FUSED_WIDTH):
+            queries, keys, warps, stages = tile
+            found.append(Plan(way, queries, keys, cell[0], warps, stages))
+    if not found:
+        raise ValueError(f"the Triton kernels have no tile for {h} heads and pairs of {cz} in {dtype}")
+    first = found[0]
+    smaller = [first._replace(queries=first.queries // 2)] if first.queries > 1 else []
+    return [*found[:1], *smaller, *found[1:]]
+
+
+def reasons_against(request: Request) -> list[Reason]:
+    """The kernel's `supports`."""
+    reasons = reasons_against_chip(request)
+    if request.device != "cuda":
+        return reasons
+    reasons += reasons_against_type(request)
+    if "logit_dropout" in request.options:
+        # Dropped logits keep the terms that are constant over the keys, which lifting leaves out.
+        reasons.append(Reason("it cannot drop logits", "use kernel 'reference', or set the IPA's dropout to 0"))
+    if request.capability is None:
+        why = "AMD's compiler makes plain multiply-adds of its products, with hundreds of registers spilled"
+        return [*reasons, Reason(why, "use kernel 'torch'")]
+    h, cz = min(request.dims["h"], HEADS[-1]), request.dims["cz"]
+    if cz > CHANNELS[-1]:
+        reasons.append(Reason(f"pairs of {cz} take too much shared memory: {CHANNELS[-1]} is the limit"))
+    if not reasons and (kernel := _without_tile(request)):
+        why = f"{h} heads and pairs of {cz} take more shared memory in the {kernel} pass than this GPU has for a block"
+        reasons.append(Reason(f"{why} ({shared_memory(request.capability):,} bytes)"))
+    return reasons
+
+
+def _without_tile(request: Request) -> str:
+    """A pass that has no tile; empty where all have one. z may be narrower than the rest."""
+    table = TABLE.get(shared_memory(request.capability), {})
+    cell = _cell(min(request.dims["h"], HEADS[-1]), request.dims["cz"])
+    types = {HALF, _type(request.dtype)}
+    passes = (FORWARD, BACKWARD) if request.grad else (FORWARD,)
+    return next((kernel for kernel in passes for z in types if cell not in table.get((kernel, z, WIDE), {})), "")

@@ -1,0 +1,188 @@
+"""Which of a few tiles runs a Triton kernel fastest on this GPU: measured once, if asked for, and kept on disk.
+
+Without FOLDKERNELS_TUNE=1 nothing is measured: what an earlier run found is read, and else the first candidate is
+taken, which is the one that stands in the kernel's table. What is found is kept by the kernels' source, the GPU and the
+versions of what compiles: a change of any of them starts anew. A tile changes the order in which numbers are added, and
+so the last bits of a result.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+
+TUNE_VARIABLE = "FOLDKERNELS_TUNE"
+FOLDER_VARIABLE = "FOLDKERNELS_CACHE"
+_WARM_UPS, _REPEATS = 2, 7
+
+Tile = TypeVar("Tile", bound=tuple[Any, ...])
+Result = TypeVar("Result")
+Clock = Callable[[Callable[[], object]], float]
+
+
+def folder() -> Path:
+    """Where what was found is kept: FOLDKERNELS_CACHE, or `foldkernels` in the user's cache folder."""
+    if chosen := os.environ.get(FOLDER_VARIABLE):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "foldkernels"
+
+
+@functools.lru_cache(maxsize=64)
+def source_of(*modules: ModuleType) -> str:
+    """A short name for the text of modules, which changes with it."""
+    return hashlib.sha256("\n".join(map(inspect.getsource, modules)).encode()).hexdigest()[:16]
+
+
+def gpu_and_compiler(device: torch.device) -> str:
+    """The GPU's name, and the versions of what compiles for it."""
+    import triton
+
+    versions = f"triton {triton.__version__}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    return f"{torch.cuda.get_device_name(device)}, {versions}"
+
+
+def length_class(n: int) -> int:
+    """The power of two next above: lengths up to it share a tile."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """The median time of a few runs, by the GPU's own clock."""
+    for _ in range(_WARM_UPS):
+        run()
+    times = []
+    for _ in range(_REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return median(times)
+
+
+class TileCache:
+    """The tiles of one operation's kernels.
+
+    Args:
+        operation: Its name.
+        source: See `source_of`.
+        too_large: What a launch raises, before it starts, where a tile takes more than the chip has: Triton's
+            OutOfResources.
+        clock: Measures a run; `milliseconds`, but in tests.
+        machine: Names a device's GPU and compiler; `gpu_and_compiler`, but in tests.
+    """
+
+    def __init__(
+        self,
+        operation: str,
+        source: str,
+        too_large: type[Exception],
+        clock: Clock = milliseconds,
+        machine: Callable[[torch.device], str] = gpu_and_compiler,
+    ) -> None:
+        self.operation, self.source, self.too_large = operation, source, too_large
+        self.clock, self.machine = clock, machine
+        self._chosen: dict[tuple[str, str, int], list[Any] | None] = {}
+        self._machines: dict[torch.device, str] = {}
+
+    def choose(
+        self,
+        sizes: Mapping[str, int | str],
+        candidates: Sequence[Tile],
+        run: Callable[[Tile], object],
+        device: torch.device,
+    ) -> Tile:
+        """The fastest candidate that is known, or may be measured now; else the first.
+
+        Args:
+            sizes: What the choice depends on, the kernel's name among it.
+            candidates: A few tiles, the one to take unmeasured first. All must fit the chip.
+            run: Runs the kernel in a tile. It may be called many times: each must do the same.
+            device: Where. Only a CUDA device is measured, and none while a CUDA graph is recorded.
+        """
+        if len(candidates) == 1 or device.type != "cuda":
+            return candidates[0]
+        on = self._machines.get(device)
+        if on is None:
+            on = self._machines[device] = self.machine(device)
+        words = json.dumps(dict(sorted(sizes.items())))
+        key = (on, words, len(candidates))
+        if key not in self._chosen:
+            self._chosen[key] = self._read(on).get(words)
+        known = self._named(self._chosen[key], candidates)
+        if known is None and os.environ.get(TUNE_VARIABLE) == "1" and not torch.cuda.is_current_stream_capturing():
+            known = self._measure(candidates, run)
+            self._chosen[key] = list(known)
+            self._write(on, words, list(known))
+        return candidates[0] if known is None else known
+
+    def run(
+        self,
+        sizes: Mapping[str, int | str],
+        candidates: Sequence[Tile],
+        run: Callable[[Tile], Result],
+        device: torch.device,
+    ) -> Result:
+        """Run the kernel in the tile of `choose`; the next candidate, where that takes more than the chip has."""
+        first = self.choose(sizes, candidates, run, device)
+        left = [first, *(tile for tile in candidates if tile != first)]
+        for tile in left[:-1]:
+            try:
+                return run(tile)
+            except self.too_large:
+                continue
+        return run(left[-1])
+
+    @staticmethod
+    def _named(found: list[Any] | None, candidates: Sequence[Tile]) -> Tile | None:
+        """The candidate that was found; None where there is none such (any more)."""
+        return next((tile for tile in candidates if list(tile) == found), None)
+
+    def _measure(self, candidates: Sequence[Tile], run: Callable[[Tile], object]) -> Tile:
+        times = [self._time(functools.partial(run, tile)) for tile in candidates]
+        return candidates[times.index(min(times))]
+
+    def _time(self, run: Callable[[], object]) -> float:
+        try:
+            return self.clock(run)
+        except self.too_large:
+            return float("inf")
+
+    def path(self, on: str) -> Path:
+        """The file for a GPU and compiler."""
+        name = hashlib.sha256(f"{self.source} {on}".encode()).hexdigest()[:16]
+        return folder() / "tiles" / f"{self.operation}-{name}.json"
+
+    def _read(self, on: str) -> dict[str, list[Any]]:
+        """What was found before; nothing, where the file cannot be read or is not what was written."""
+        try:
+            content = json.loads(self.path(on).read_text(encoding="utf-8"))
+            tiles = content["tiles"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        return {key: tile for key, tile in tiles.items() if isinstance(tile, list)} if isinstance(tiles, dict) else {}
+
+    def _write(self, on: str, words: str, tile: list[Any]) -> None:
+        """Keep one more; several processes may do so at once. A disk that refuses costs the next run its time only."""
+        path = self.path(on)
+        content = {"machine": on, "source": self.source, "tiles": {**self._read(on), words: tile}}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+            os.replace(file.name, path)
+        except OSError:
+            pass

@@ -1,0 +1,295 @@
+"""Runs invariant point attention's Triton kernels in Triton's interpreter, and says how wrong they are. A script.
+
+The interpreter is chosen when Triton is imported, so that it needs a process of its own. Reads one JSON object a line,
+a case of the contract test; answers with one JSON object a line: for each output and gradient its error, what the error
+may be, and the error of plain PyTorch; or `raised`.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from triton.runtime import interpreter
+
+from foldkernels.kernels import registry
+from foldkernels.kernels.custom import NoDoubleBackward
+from foldkernels.kernels.invariant_point_attention import _launch
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from tests import kernel_cases as cases
+
+OPERATION = "invariant_point_attention"
+#: What an error may be beyond twice plain PyTorch's, as a part of the largest value.
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}
+#: Beyond that rule beside a 16-bit z: weights and their gradients are rounded before their products, where the
+#: definition computes in float32 and rounds its results only; and gradients to bfloat16, beside float16 too, where they
+#: would underflow. Up to 1.7 was seen in bfloat16, 2.3 in float16.
+EXCEEDS = {torch.float32: 1.0, torch.bfloat16: 2.5, torch.float16: 2.5}
+
+
+
+def allow_the_cpu() -> None:
+    """The interpreter's kernels run where `supports` says that they do not."""
+    ours = registry.kernels(OPERATION)["triton"]
+    registry.register(dataclasses.replace(ours, supports=lambda request: [], needs=()))
+
+
+def plan(case: Mapping[str, Any]) -> None:
+    """Have the launcher run in a given way, so that few residues are several tiles."""
+    found = _launch.Plan(**{name: case[name] for name in _launch.Plan._fields})
+    _launch.plans_for = lambda capability, kernel, dtype, **sizes: [found]
+    _launch._PROGRAMS, _launch._FEWEST_BLOCKS = case["programs"], 1
+
+
+def beside(case: cases.Case, dtype: torch.dtype) -> cases.Case:
+    """The same case with z in a type of its own."""
+
+    def call(x: Mapping[str, Any], config: str) -> tuple[Tensor, ...]:
+        z = x["z"] if x["z"].dtype is torch.float64 else x["z"].to(dtype)
+        return case.call({**x, "z": z}, config)
+
+    z = case.values["z"]
+    assert z is not None
+    return dataclasses.replace(case, call=call, values={**case.values, "z": z.to(dtype).double()})
+
+
+FAULTS: Mapping[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "flipped mask": lambda x: {"pair_mask": ~x["pair_mask"]},
+    "lost bias": lambda x: {"bias_weight": torch.zeros_like(x["bias_weight"])},
+    "lost points": lambda x: {"point_weights": torch.zeros_like(x["point_weights"])},
+    "transposed z": lambda x: {"z": x["z"].transpose(1, 2).contiguous()},
+    "no scalars": lambda x: {"q": torch.zeros_like(x["q"])},
+}
+
+
+def truncated(x: Any) -> Any:
+    """float32 with the digits that tf32 holds."""
+    return (x.view(numpy.uint32) & numpy.uint32(0xFFFFE000)).view(numpy.float32)
+
+
+def multiply_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32's products as a GPU makes them of three of tf32; the interpreter alone would multiply exactly."""
+    exactly = interpreter.InterpreterBuilder.create_dot
+
+    def dot(of: Any, a: Any, b: Any, sums: Any, precision: Any, *more: Any) -> Any:
+        if "TF32x3" not in str(precision):
+            return exactly(of, a, b, sums, precision, *more)
+        a_high, b_high = truncated(numpy.ascontiguousarray(a.data)), truncated(numpy.ascontiguousarray(b.data))
+        a_low, b_low = truncated(a.data - a_high), truncated(b.data - b_high)
+        low = numpy.matmul(a_low, b_high) + numpy.matmul(a_high, b_low)
+        return interpreter.TensorHandle(sums.data + low + numpy.matmul(a_high, b_high), sums.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+def measure(asked: dict[str, Any]) -> dict[str, Any]:
+    """Compare with the definition in float64."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        multiply_in_tf32(monkeypatch)
+        return compare(asked)
+
+
+def compare(asked: dict[str, Any]) -> dict[str, Any]:
+    dtype, variant = getattr(torch, asked["dtype"]), asked["variant"]
+    of_z = getattr(torch, asked["z"] or asked["dtype"])
+    batch = 1 if variant == "plain" else 3
+    case = cases.build_ipa(asked["n"], batch, variant != "plain", tuple(asked["sizes"]), away=asked["away"])
+    if of_z is not dtype:
+        case = beside(case, of_z)
+    truth = cases.run(case, "reference", dtype, variant=variant, wide=True)
+    plain = cases.run(case, "reference", dtype, variant=variant)
+    # Beside a narrower z, the rest may be rounded as z is: that is what a precision of "bfloat16" allows.
+    narrow = cases.run(case, "reference", of_z, variant=variant) if of_z is not dtype else plain
+    of_narrow = cases.run(case, "reference", of_z, variant=variant, wide=True) if of_z is not dtype else truth
+    plan(asked)
+    overwrite = FAULTS[asked["fault"]](case.values) if asked["fault"] else None
+    got = cases.run(case, "triton", dtype, variant=variant, overwrite=overwrite)
+    again = cases.run(case, "triton", dtype, variant=variant) if asked["twice"] else got
+    all_gradients = max(float(g.abs().max()) for g in truth.gradients.values())
+    answer: dict[str, Any] = {}
+    names = ["out", "points", "pair", *truth.gradients]
+    for i, name in enumerate(names):
+        true, theirs, ours, same, rounded, unrounded = (
+            run.outputs[i] if i < 3 else run.gradients[name]
+            for run in (truth, plain, got, again, narrow, of_narrow)
+        )
+        largest = float(true.abs().max())
+        # A gradient that is nothing but rounding (of q, where there is one key) is measured by what cancelled in it.
+        largest = all_gradients if i >= 3 and largest < 1e-9 * all_gradients else largest
+        of_plain = max(cases.error(theirs, true), cases.error(rounded, unrounded))
+        answer[name] = {
+            "error": cases.error(ours, true),
+            "may_be": EXCEEDS[of_z] * (2 * of_plain + FLOOR[of_z] * largest),
+            "of_plain": of_plain,
+            "largest": largest,
+            "same": torch.equal(ours, same),
+            "as_plain": ours.dtype is theirs.dtype,
+        }
+    gone = [float(out[where].abs().sum()) for out, where in zip(got.outputs, case.gone_outputs, strict=True)]
+    if variant == "masked":
+        gone += [float(got.gradients[name][where].abs().sum()) for name, where in case.gone_values.items()]
+    answer["of_empty_rows"] = [] if asked["fault"] else gone
+    return answer
+
+
+class Traffic:
+    """How often each number of some tensors is read and written, by the addresses that kernels ask for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: dict[str, list[Any]] = {"read": [], "written": []}
+        builder = interpreter.InterpreterBuilder
+        load, store = builder.create_masked_load, builder.create_masked_store
+
+        def reading(of: Any, pointers: Any, mask: Any, *more: Any) -> Any:
+            self.seen["read"].append(pointers.data[mask.data.astype(bool)].ravel())
+            return load(of, pointers, mask, *more)
+
+        def writing(of: Any, pointers: Any, value: Any, mask: Any, *more: Any) -> Any:
+            self.seen["written"].append(pointers.data[mask.data.astype(bool)].ravel())
+            return store(of, pointers, value, mask, *more)
+
+        monkeypatch.setattr(builder, "create_masked_load", reading)
+        monkeypatch.setattr(builder, "create_masked_store", writing)
+
+    def times(self, what: str, x: Tensor) -> list[int]:
+        """The fewest and the most times that a number of a contiguous tensor was read, or written."""
+        places = (numpy.concatenate(self.seen[what]).astype(numpy.int64) - x.data_ptr()) // x.element_size()
+        found = numpy.bincount(places[(places >= 0) & (places < x.numel())], minlength=x.numel())
+        return [int(found.min()), int(found.max())]
+
+    def forget(self) -> None:
+        for places in self.seen.values():
+            places.clear()
+
+
+def operands(asked: Mapping[str, Any]) -> list[Any]:
+    """What the operator takes: lifted q, k, v; z; bias_weight; there; pair_mask."""
+    g = torch.Generator().manual_seed(0)
+    n, h, d, dv, cz = asked["n"], *asked["lifted"]
+    dtype = getattr(torch, asked["z"] or "float32")
+    q, k, v = (torch.randn(2, h, n, x, generator=g) for x in (d, d, dv))
+    z = torch.randn(2, n, n, cz, generator=g).to(dtype)
+    pair_mask = torch.rand(2, n, n, generator=g) < 0.8
+    pair_mask[..., 0] = True
+    return [q, k, v, z, torch.randn(h, cz, generator=g), torch.ones(2, n, dtype=torch.bool), pair_mask]
+
+
+def count(asked: dict[str, Any]) -> dict[str, Any]:
+    """How often each number of z is read, and of its gradient written, in each pass."""
+    plan(asked)
+    q, k, v, z, *rest = operands(asked)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        traffic = Traffic(monkeypatch)
+        out, pair, lse = _launch.ipa_triton(q, k, v, z, *rest)
+        answer: dict[str, Any] = {"forward": traffic.times("read", z)}
+        traffic.forget()
+        d_z = _launch.ipa_triton_backward(out, pair, q, k, v, z, *rest, out, pair, lse)[3]
+        answer |= {"backward": traffic.times("read", z), "written": traffic.times("written", d_z)}
+    return answer
+
+
+def operators(asked: dict[str, Any]) -> dict[str, Any]:
+    """PyTorch's own checks of the custom operators, and a second derivative."""
+    plan(asked)
+    given = operands(asked)
+    leaves = [x.requires_grad_() for x in given[:5]]
+    found = torch.library.opcheck(_launch.ipa_triton, tuple(given))
+    out, pair, lse = _launch.ipa_triton(*given)
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in (*given, out, pair, lse)]
+    of_backward = torch.library.opcheck(
+        _launch.ipa_triton_backward,
+        (out.detach(), pair.detach(), *detached),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    (once,) = torch.autograd.grad(out.square().sum() + pair.sum(), leaves[:1], create_graph=True)
+    try:
+        once.sum().backward()
+        twice = "nothing raised"
+    except NoDoubleBackward as error:
+        twice = str(error)
+    return {"forward": found, "backward": of_backward, "twice": twice, "lse_differentiable": lse.requires_grad}
+
+
+def compiled(asked: dict[str, Any]) -> dict[str, Any]:
+    """Whole graphs for several lengths, gradients among them, under autocast or not: the eager call's numbers."""
+    plan(asked)
+    counter = CompileCounterWithBackend("aot_eager")
+    found: dict[str, Any] = {"most": 0.0}
+    with (
+        cases.required(OPERATION, "triton") as config,
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=asked["autocast"]),
+    ):
+        function = cases.build_ipa(9, 1, True, tuple(asked["sizes"])).call
+        call = torch.compile(lambda x: function(x, config), fullgraph=True, backend=counter)
+        for n in (9, 19, 11):
+            values = cases.build_ipa(n, 1, True, tuple(asked["sizes"])).values
+            results = []
+            for run in (lambda x: function(x, config), call):
+                x = {name: v.float() if v is not None and v.is_floating_point() else v for name, v in values.items()}
+                leaves = [v.requires_grad_() for name, v in x.items() if name != "logit_bias" and v.is_floating_point()]
+                outputs = run(x)
+                gradients = torch.autograd.grad(sum(out.float().square().sum() for out in outputs), leaves)
+                results.append([*outputs, *gradients])
+            for a, b in zip(*results, strict=True):
+                found["most"] = max(found["most"], float((a - b).detach().abs().max()))
+            found["types"] = [str(out.dtype) for out in outputs]
+    return {**found, "graphs": counter.frame_count}
+
+
+def far_apart(asked: dict[str, Any]) -> dict[str, Any]:
+    """Rows of z more than 2^31 numbers apart give what they give side by side."""
+    plan(asked)
+    q, k, v, z, *rest = operands(asked)
+    _, n, _, cz = z.shape
+    # Memory that is never touched is never taken.
+    far = 2**31 + 64
+    strides = {"rows": (cz * n, far, cz, 1), "keys": (cz * n, cz, far, 1), "items": (far, cz * n, cz, 1)}
+    answer = {}
+    out, pair, lse = _launch.ipa_triton(q, k, v, z, *rest)
+    near = (out, pair, *_launch.ipa_triton_backward(out, pair, q, k, v, z, *rest, out, pair, lse))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        # It would copy all of the memory onto itself.
+        monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *ignored: None)
+        for name, stride in strides.items():
+            reach = sum((size - 1) * step for size, step in zip(z.shape, stride, strict=True)) + 1
+            far = torch.empty(reach, dtype=z.dtype).as_strided(z.shape, stride)
+            far.copy_(z)
+            out, pair, lse = _launch.ipa_triton(q, k, v, far, *rest)
+            found = (out, pair, *_launch.ipa_triton_backward(out, pair, q, k, v, far, *rest, out, pair, lse))
+            answer[name] = all(torch.equal(a, b) for a, b in zip(near, found, strict=True))
+            del far
+    return answer
+
+
+def main() -> None:
+    """Answer until the questions end."""
+    torch.set_num_threads(1)
+    # Memory that was asked for and not yet written holds NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    allow_the_cpu()
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        try:
+            asked = json.loads(line)
+            answer = globals()[asked["ask"]](asked)
+        except Exception:
+            answer = {"raised": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""Invariant point attention in Triton: its numbers in Triton's interpreter, its code for four chips, its limits.
+
+No GPU is needed, and none is used: what a chip makes of that code, and how fast, is for the contract test on a GPU.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from foldkernels.configs.presets import candidates
+from foldkernels.kernels import chips, registry
+from foldkernels.kernels.invariant_point_attention import _tiles as tiles
+
+from .support.ipa_compiled import USAGE, Variant, compiled, variants
+from .support.triton_tools import CHIPS, Ask, interpreter, right, slow, usage, with_triton, wrong
+
+HERE = Path(__file__).parent
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+PUBLISHED, ODD, WIDE = (8, 16, 8, 12, 128), (3, 4, 2, 5, 6), (2, 70, 3, 2, 20)
+PLAIN: dict[str, Any] = {
+    "ask": "measure",
+    "n": 17, "variant": "masked", "dtype": "float32", "z": None, "sizes": ODD, "lifted": (3, 5, 7, 6),
+    "away": 0.0, "fault": "", "twice": False, "programs": 1,
+    "fused": True, "queries": 8, "keys": 16, "heads": 8, "warps": 4, "stages": 2,
+}  # fmt: skip
+both_ways = pytest.mark.parametrize("fused", [True, False], ids=["fused", "wide"])
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Ask]:
+    """Ask the interpreter about a case: `PLAIN`, but for what is named."""
+    with interpreter(HERE / "support" / "ipa_interpreter.py", PLAIN) as answer:
+        yield answer
+
+
+@with_triton
+@both_ways
+@pytest.mark.parametrize("n", [1, 2, 17, *slow(7, 15, 16, 31, 33)])
+def test_lengths(ask, n, fused):
+    """Outputs and every gradient, with an odd number of heads and masks of both kinds; each in its type."""
+    found = ask(n=n, fused=fused, queries=4 if n < 17 else 8)
+    right(found)
+    assert all(x["as_plain"] for x in found.values() if isinstance(x, dict))
+
+
+@with_triton
+@pytest.mark.parametrize("variant", ["plain", "transposed", "spread", "expanded"])
+def test_layouts(ask, variant):
+    right(ask(n=7, variant=variant))
+
+
+@with_triton
+@both_ways
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_16_bits(ask, dtype, fused):
+    right(ask(dtype=dtype, fused=fused, n=17 if fused else 7))
+
+
+@with_triton
+@pytest.mark.parametrize("away", [0.0, 100.0], ids=["centred", "100 nm away"])
+@pytest.mark.parametrize("z", [None, "bfloat16"], ids=["float32", "bfloat16 z"])
+def test_points_far_from_the_origin(ask, z, away):
+    """Distances survive a frame far off the origin, beside a narrower z too."""
+    right(ask(n=7, z=z, away=away))
+
+
+@with_triton
+@pytest.mark.parametrize(
+    ("sizes", "fused"),
+    [
+        (WIDE, False),
+        pytest.param(PUBLISHED, True, marks=pytest.mark.slow),
+        pytest.param((12, 16, 4, 8, 128), True, marks=pytest.mark.slow),
+        pytest.param((2, 256, 1, 1, 256), False, marks=pytest.mark.slow),
+        pytest.param((5, 8, 7, 3, 16), True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("z", [None, pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_sizes(ask, sizes, fused, z):
+    """Heads and channels that are no power of two, wide heads, wide pairs, more heads than a tile has."""
+    right(ask(n=5, sizes=sizes, fused=fused, z=z, variant="masked", queries=2))
+
+
+@with_triton
+@both_ways
+def test_keys_in_parts_and_every_run_the_same(ask, fused):
+    """Three blocks of keys, one to a program: parts are joined, and each run gives the same bits."""
+    found = ask(n=33, variant="plain", programs=1000, fused=fused, twice=True, sizes=(1, 4, 2, 3, 6), queries=16)
+    right(found)
+    assert all(x["same"] for x in found.values() if isinstance(x, dict))
+
+
+@with_triton
+@pytest.mark.parametrize("fault", ["flipped mask", "lost bias", "lost points", "transposed z", "no scalars"])
+@pytest.mark.parametrize("z", [None, "bfloat16"], ids=["float32", "bfloat16 z"])
+def test_the_comparison_sees_a_mistake(ask, z, fault):
+    seen = " ".join(wrong(ask(n=5, z=z, fault=fault, sizes=(1, 4, 2, 3, 6))))
+    names = ("out", "points", "pair", "v", "v_points", "z", "k", "k_points", "bias_weight")
+    assert all(f"{name}: " in seen for name in names), seen
+
+
+@with_triton
+@both_ways
+@pytest.mark.parametrize("programs", [1, 1000], ids=["whole", "parts"])
+def test_z_is_loaded_once_a_pass(ask, programs, fused):
+    """Each number of z once forward and once backward; each number of its gradient is written once."""
+    assert ask(ask="count", fused=fused, programs=programs) == {
+        "forward": [1, 1], "backward": [1, 1], "written": [1, 1]
+    }  # fmt: skip
+
+
+@with_triton
+def test_offsets_are_64_bits_wide(ask):
+    """Rows, keys and batch items of z more than 2^31 numbers apart."""
+    assert ask(ask="far_apart", n=3, lifted=(1, 5, 7, 6), z="bfloat16") == {"rows": True, "keys": True, "items": True}
+
+
+@with_triton
+def test_the_operators_are_sound(ask):
+    """PyTorch's own checks; no second derivative, and no gradient that is lost on the way through the lse."""
+    found = ask(ask="operators", n=5)
+    assert {*found["forward"].values(), *found["backward"].values()} == {"SUCCESS"}, found
+    assert "invariant_point_attention: the kernel 'triton' has no second derivative" in found["twice"]
+    assert "'reference'" in found["twice"]
+    assert found["lse_differentiable"] is False
+
+
+@with_triton
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiled(ask, autocast):
+    """Whole graphs, two at most for three lengths, under autocast too; the same numbers."""
+    found = ask(ask="compiled", autocast=autocast)
+    assert found["most"] < 1e-5 and found["graphs"] <= 2
+    narrow = "torch.bfloat16" if autocast else "torch.float32"
+    assert found["types"] == [narrow, "torch.float32", narrow]
+
+
+# Code for each chip ---------------------------------------------------------------------------------------------------
+
+#: With another version of Triton than that which was written down, the stack may be larger by so many bytes.
+ALLOWANCE = 64
+#: float32's products are three of tf32 each: their parts do not all fit a thread's registers.
+STACK = {tiles.HALF: 64, tiles.EXACT: 320}
+
+
+def _quick(variant: Variant) -> bool:
+    """The published size on two chips."""
+    return variant.arch in (80, 90) and variant.fused and (variant.heads, variant.channels) == (8, 128)
+
+
+def _cases() -> Iterator[Any]:
+    for variant in variants():
+        yield pytest.param(variant, id=str(variant), marks=[] if _quick(variant) else [pytest.mark.slow])
+
+
+@with_triton
+@pytest.mark.parametrize("variant", [*_cases()])
+def test_it_compiles_and_fits(variant, tmp_path):
+    """Within the chip's shared memory and what was committed; products on the tensor cores; z is loaded ahead."""
+    import triton
+
+    code = compiled(variant)
+    found, committed = usage(code, tmp_path), json.loads(USAGE.read_text())
+    shared, registers, stack = committed[str(variant)]
+    assert found.shared <= chips.shared_memory(CHIPS[variant.arch])
+    assert stack <= STACK[variant.z]
+    if committed["triton"] == triton.__version__:
+        assert found.shared <= shared and found.registers <= registers and found.stack <= stack
+    assert found.stack <= stack + ALLOWANCE
+    assert ("tf32" in code.asm["ptx"]) == (variant.z == tiles.EXACT)
+    assert re.search(r"mma\.sync", code.asm["ptx"])
+    (tile,) = {tuple(map(int, found)) for found in re.findall(Z_TILE, code.asm["ttgir"])}
+    assert tile[2] == variant.channels
+    assert not re.search(r"tt\.load %z_tile", code.asm["ttgir"]), "z is not loaded ahead"
+
+
+#: Where a tile [queries, keys, channels] of z is on its way to shared memory.
+Z_TILE = r"async_copy_global_to_local %z_tile\w*,[^\n]*tensor<(\d+)x(\d+)x(\d+)x!tt\.ptr"
+
+
+@with_triton
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_sizes_of_one_compile(kernel):
+    """One item, one block of keys, one residue: Triton takes a 1 for a constant."""
+    variant = Variant(90, kernel, tiles.HALF, True, 8, 128)
+    assert compiled(variant, masked=False, ones=("items", "blocks_a_part", "n")).asm["cubin"]
+
+
+def test_every_variant_is_written_down():
+    assert json.loads(USAGE.read_text()).keys() == {"triton", *map(str, variants())}
+
+
+# Whom it serves -------------------------------------------------------------------------------------------------------
+
+
+def _why(**more: Any) -> str:
+    sizes = {"n": 0, "h": 8, "c": 16, "p": 8, "pv": 12, "cz": 128}
+    dims = registry.Dims({name: more.pop(name, size) for name, size in sizes.items()})
+    fields = {"device": "cuda", "capability": (9, 0), "dtype": torch.bfloat16, "grad": True, **more}
+    request = registry.Request(operation="invariant_point_attention", dims=dims, **fields)
+    return "; ".join(map(str, registry.kernels("invariant_point_attention")["triton"].supports(request)))
+
+
+def test_what_it_refuses():
+    assert not _why()
+    assert not _why(dtype=torch.float32, deterministic=True, options=frozenset({"pair_mask"}))
+    assert not _why(c=256, h=33)
+    assert "7.5" in _why(capability=(7, 5))
+    assert "AMD" in _why(capability=None) and "'torch'" in _why(capability=None)
+    assert "float64" in _why(dtype=torch.float64)
+    limit = tiles.CHANNELS[-1]
+    assert f"pairs of {limit + 1}" in _why(cz=limit + 1)
+    assert "drop logits" in _why(options=frozenset({"logit_dropout"}))
+    assert "not on mps" in _why(device="mps", capability=None)
+    assert "not on cpu" in _why(device="cpu", capability=None, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
+def test_what_is_served_has_a_tile(capability):
+    """Whatever `supports` allows, the launcher finds a way to run; what it does not, is said with the chip's memory."""
+    for h, cz, grad in itertools.product((1, 5, tiles.HEADS[-1]), (16, 128, *tiles.CHANNELS), (False, True)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            why = _why(capability=capability, h=h, cz=cz, dtype=dtype, grad=grad)
+            assert not why or f"{chips.shared_memory(capability):,} bytes" in why
+            passes = ("forward", "backward")[: 1 + grad]
+            for kernel, z, d in itertools.product(passes, {dtype, torch.bfloat16}, (40, 300)):
+                if not why:
+                    plans = tiles.plans_for(capability, kernel, z, h=h, cz=cz, d=d, dv=d)
+                    assert plans and len(set(plans)) == len(plans)
+                    assert not any(plan.fused and (d == 300 or z is torch.float32) for plan in plans)
+                    assert all(plan.heads >= h and plan.queries >= 1 for plan in plans)
+
+
+def test_published_sizes_are_served_everywhere():
+    for capability in ((8, 0), (8, 9), (9, 0), (10, 0)):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert not _why(capability=capability, dtype=dtype)
+        assert tiles.plans_for(capability, "forward", torch.bfloat16, h=8, cz=128, d=40, dv=52)[0].fused
+
+
+def test_presets():
+    """Asked for by two words; `auto` leaves it out until it has run on a GPU."""
+    for preset, first in (("triton", "triton"), ("flash", "triton"), ("auto", "torch"), ("torch", "torch")):
+        assert candidates(preset, "invariant_point_attention", "cuda")[0] == first
+    assert candidates("flash", "invariant_point_attention", "cpu")[0] == "torch"
