@@ -16,12 +16,13 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.t
 # One thread a process: the tests already run side by side.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 
-.PHONY: help install demo test test-all lint bench clean
+.PHONY: help install demo test test-all test-peers lint bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      a first look at what foldkernels does on this machine"
 	@echo "make test      the tests (make test-all: the slow ones too)"
+	@echo "make test-peers   fair-esm and boltz, from the package index, beside their accelerated copies"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     the benchmarks"
 	@echo "make clean     remove what was built; .venv stays"
@@ -51,6 +52,12 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(PYTEST) --slow $(ARGS)
 
+# Other projects' own code, which `make test` never needs: into a folder beside .venv, without what they depend on.
+test-peers: $(INSTALLED)
+	$(PY) -m pip --disable-pip-version-check install --quiet --upgrade --target .peers --no-deps -r tests/peers/requirements.txt
+	rm -rf .peers/benchmarks # fairscale's, which would hide ours
+	PYTHONPATH=.peers OMP_NUM_THREADS=1 $(PY) -m pytest tests/peers $(ARGS)
+
 lint: $(INSTALLED)
 	$(PY) -m pytest -q tests/test_style.py
 
@@ -58,5 +65,5 @@ bench: $(INSTALLED)
 	$(PY) -m benchmarks.multiflow_cpu $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .peers build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

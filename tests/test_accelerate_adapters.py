@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import foldkernels
-from foldkernels.compat.accelerate import recognise
-from foldkernels.compat.accelerate.adapters import fair_esm_attention
+from foldkernels.compat.accelerate import recognise, recognition, verification
+from foldkernels.compat.accelerate.adapters import adapters, fair_esm_attention
+from foldkernels.compat.accelerate.replacement import Candidate
 
 from .support.foreign import boltz, esm, openfold
 from .support.foreign.frames import random_rigid
@@ -98,6 +99,7 @@ FORMS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "Boltz transition": (boltz.Transition, "boltz_transition", "Boltz"),
     "OpenFold pair transition": (openfold.PairTransition, "openfold_pair_transition", "OpenFold"),
     "fair-esm attention": (esm.MultiheadAttention, "fair_esm_attention", "fair-esm"),
+    "transformers' ESM attention": (esm.EsmSelfAttention, "hugging_face_esm_attention", "transformers"),
 }
 
 
@@ -154,15 +156,26 @@ def test_each_form_is_recognised_and_proved(form: str) -> None:
     assert foldkernels.restore(model) == 1 and "forward" not in model[0].__dict__
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_compiles_to_one_graph(form: str) -> None:
+    make, adapter, _ = FORMS[form]
+    module = make().eval()
+    foldkernels.accelerate(module)
+    example = adapters()[adapter].example(module, torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    wanted, found = (example.compare(call(*example.args, **example.kwargs)) for call in (module, compiled))
+    for name, value in wanted.items():
+        assert_near(found[name], value)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_proof_sees_a_thousandth(form: str) -> None:
     """A forward that is wrong by a thousandth does not pass."""
     make, *_ = FORMS[form]
     module = make()
     name, recognised = recognise(module)
-    from foldkernels.compat.accelerate import recognition, verification
-    from foldkernels.compat.accelerate.adapters import adapters
-    from foldkernels.compat.accelerate.replacement import Candidate
 
     def wrong(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = recognised.forward(self, *args, **kwargs)
@@ -419,6 +432,32 @@ def test_dropout_in_training_runs_the_original() -> None:
     assert ran == ["attention: torch"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "served"),
+    [
+        ({"use_cache": True, "output_attentions": True, "encoder_hidden_states": None}, True),
+        ({"head_mask": torch.ones(2, 3, 1, 1)}, False),
+        ({"attention_mask": torch.zeros(2, 1, N, N)}, False),
+        ({"something_new": 1}, False),
+    ],
+)
+def test_transformers_attention_serves_what_it_knows(asked: dict[str, Any], served: bool) -> None:
+    theirs, ours = twins(esm.EsmSelfAttention())
+    x = torch.randn(2, N, 24)
+    with foldkernels.record_kernels() as ran:
+        found = ours(x, **asked)
+    assert ran == ["attention: torch"] * served and found[1] is None
+    assert_near(found[0], theirs(x, **asked)[0])
+
+
+def test_an_implementation_that_is_chosen_later_is_honoured() -> None:
+    _, ours = twins(esm.EsmSelfAttention())
+    ours.config._attn_implementation = "flash_attention_2"
+    with foldkernels.record_kernels() as ran:
+        ours(torch.randn(2, N, 24))
+    assert ran == []
+
+
 # --------------------------------------------------------------------------------------------------- what is declined
 
 
@@ -471,6 +510,10 @@ class _OpenFold3(openfold.TriangleMultiplicationOutgoing):
         (_changed(esm.MultiheadAttention, add_zero_attn=True), "its add_zero_attn is True"),
         (_changed(esm.MultiheadAttention, scaling=1.0), "its scaling is 1.0"),
         (nn.MultiheadAttention(8, 2), "it is PyTorch's own"),
+        (esm.EsmSelfAttention(implementation="eager"), "gives out the attention weights, which no kernel makes"),
+        (esm.EsmSelfAttention(implementation="flash_attention_2"), "names a kernel of its own"),
+        (_changed(esm.EsmSelfAttention, is_decoder=True), "it is a decoder's"),
+        (_changed(esm.EsmSelfAttention, position_embedding_type="relative_key"), "its positions are 'relative_key'"),
     ],
 )
 def test_another_function_is_left_alone_with_the_reason(module: nn.Module, reason: str) -> None:

@@ -1,7 +1,8 @@
-"""fair-esm's ESM-2: rotary self-attention, its layer, and a model that asks for weights it does not read."""
+"""fair-esm's ESM-2: attention, layer, and a model that asks for weights it does not read; transformers' attention."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -124,3 +125,36 @@ class ESM2(nn.Module):
         logits = F.linear(self.emb_layer_norm_after(x).transpose(0, 1), self.embed_tokens.weight)
         found = {"logits": logits, "representations": representations}
         return found | ({"attentions": torch.stack(read, 1)} if need_head_weights else {})
+
+
+class EsmSelfAttention(nn.Module):
+    """The layer of Hugging Face's transformers, which calls PyTorch's attention."""
+
+    def __init__(self, width: int = 24, heads: int = 3, dropout: float = 0.0, implementation: str = "sdpa") -> None:
+        super().__init__()
+        self.config = SimpleNamespace(_attn_implementation=implementation)
+        self.num_attention_heads, self.attention_head_size, self.all_head_size = heads, width // heads, width
+        for name in ("query", "key", "value"):
+            setattr(self, name, nn.Linear(width, width))
+        self.dropout, self.scaling, self.is_decoder = dropout, 1.0, False
+        self.position_embedding_type = "rotary"
+        self.rotary_embeddings = RotaryEmbedding(self.attention_head_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        heads = (self.num_attention_heads, self.attention_head_size)
+        q, k, v = (
+            layer(hidden_states).unflatten(-1, heads).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        q, k = self.rotary_embeddings(q * self.attention_head_size**-0.5, k)
+        logits = q @ k.transpose(-1, -2)
+        weights = (logits if attention_mask is None else logits + attention_mask).softmax(-1)
+        weights = F.dropout(weights, self.dropout, self.training) * (1.0 if head_mask is None else head_mask)
+        return (weights @ v).transpose(1, 2).flatten(2), None
