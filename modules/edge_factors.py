@@ -4,17 +4,15 @@ from math import sqrt
 from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from ..kernels.edge_features import MAX_RELATIVE_POSITION
 from ..kernels.edge_features.reference import bin_edges
 from ..kernels.embeddings import sinusoids
+from ..kernels.neighbours import nearest_neighbours
 from .edge_features import pair_perceptron
 from .masks import boolean
-
-#: Elements that one block of distances and their differences may have.
-_BLOCK = 1 << 21
 
 
 class EdgeFactors(nn.Module):
@@ -165,38 +163,6 @@ class LinearFactorizer(nn.Module):
         if mask is not None:
             out = out * boolean(mask)[..., None, None]
         return out / sqrt(self.target_rank)
-
-
-@torch.no_grad()
-def nearest_neighbours(
-    positions: Float[Tensor, "b n 3"], k: int
-) -> tuple[Float[Tensor, "b n k"], Int[Tensor, "b n k"]]:
-    """Distances to the k nearest residues and their positions, nearest first; oneself comes last, 1e6 away.
-
-    Distances are computed for one block of rows at a time, so that memory is linear in the length. Equal distances
-    come in the order of `torch.topk`, which nobody promises: where all residues stand in one place, as before the
-    first prediction, that order is all that there is.
-
-    Args:
-        positions: Coordinates.
-        k: Neighbours; at most n.
-    """
-    b, n, _ = positions.shape
-    if 4 * b * n * n <= _BLOCK:  # without a loop over the length, one compiled graph serves many lengths
-        return _nearest_of(positions, positions, 0, k)
-    rows = max(1, _BLOCK // max(1, 4 * b * n))
-    blocks = [_nearest_of(positions[:, start : start + rows], positions, start, k) for start in range(0, n, rows)]
-    distances, indices = zip(*blocks, strict=True)
-    return torch.cat(distances, dim=1), torch.cat(indices, dim=1)
-
-
-def _nearest_of(rows: Tensor, positions: Tensor, start: int, k: int) -> tuple[Tensor, Tensor]:
-    """The neighbours of residues from `start` on."""
-    # Differences, not an inner product: that would lose near neighbours far from the origin to cancellation.
-    distances = torch.linalg.vector_norm(rows[:, :, None] - positions[:, None], dim=-1)
-    distances.diagonal(start, 1, 2).add_(1e6)
-    nearest = distances.topk(k, dim=-1, largest=False)
-    return nearest.values, nearest.indices
 
 
 def distance_bins(distances: Float[Tensor, "..."], lower: Float[Tensor, " bins"]) -> Bool[Tensor, "... bins"]:

@@ -30,7 +30,8 @@ class FactorizedPointAttention(PointAttention):
         attention_dtype: The type in which kernels may multiply on an NVIDIA GPU, as FlashIPA's `attn_dtype` says:
             flash-attn needs 16 bits. Elsewhere 16 bits gain nothing, and nothing is rounded; frames never are. None:
             the type of `s` everywhere.
-        lifting: "precise", or "plain" for FlashIPA's own rounding in 16 bits (see the operation).
+        lifting: "precise", or "plain" for FlashIPA's own rounding to `attention_dtype`, on every device (see the
+            operation).
         eps: Under the root of a point's norm.
 
     Raises:
@@ -146,7 +147,7 @@ def attend_over_factors(
         pair_factors,
         None if mask is None else boolean(mask.reshape(-1, n)),
         lifting=lifting,
-        attention_dtype=_rounded_to(attention_dtype, s.device),
+        attention_dtype=_rounded_to(attention_dtype, lifting, s.device),
         config=layer.kernel_config,
     )
     return layer.assemble(out, out_points, out_pair, frames).view(*lead, n, layer.c_s)
@@ -166,13 +167,13 @@ def factor_attention_use(
     }
     options = ("bias_factors", "pair_factors") if rank else ()
     plain = ("plain_lifting",) if lifting == "plain" else ()
-    dtype = _rounded_to(attention_dtype, layer.head_weights.device)
+    dtype = _rounded_to(attention_dtype, lifting, layer.head_weights.device)
     return Use("factorized_point_attention", dims, (*options, *plain), dtype)
 
 
-def _rounded_to(attention_dtype: torch.dtype | None, device: torch.device) -> torch.dtype | None:
-    """16 bits make attention fast on CUDA alone; elsewhere they would only cost precision."""
-    return attention_dtype if device.type == "cuda" else None
+def _rounded_to(attention_dtype: torch.dtype | None, lifting: Lifting, device: torch.device) -> torch.dtype | None:
+    """16 bits make attention fast on CUDA alone; elsewhere they would only cost precision, unless that is wanted."""
+    return attention_dtype if device.type == "cuda" or lifting == "plain" else None
 
 
 def check_factors(

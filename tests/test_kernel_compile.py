@@ -18,6 +18,7 @@ from foldkernels.configs.kernel import KernelConfig
 from foldkernels.configs.presets import candidates
 from foldkernels.kernels import registry
 from foldkernels.kernels.binding import bind
+from foldkernels.kernels.neighbours import nearest_neighbours
 from foldkernels.kernels.requests import Reason, Request
 from foldkernels.modules.edge_features import EdgeFeatureNet
 from foldkernels.modules.edge_transition import EdgeTransition
@@ -91,6 +92,7 @@ def _calls() -> dict[tuple[str, str], tuple[Any, ...]]:
                 ):
                     _run_torch(build(operation, n, variant, 0, **more), dtype)
         _run_in_place()
+        nearest_neighbours(torch.randn(2, 9, 3), 4)
     return {(name, str(i)): args for i, ((name, _), args) in enumerate(found.calls.items())}
 
 

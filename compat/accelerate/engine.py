@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,14 @@ class VerificationFailed(RuntimeError):
     """A replaced module differs from its own forward by more than the tolerances; the message has the figures."""
 
 
-def accelerate(model: nn.Module, kernel: Any = None, *, verify: bool = False, strict: bool = False) -> AccelerateReport:
+def accelerate(
+    model: nn.Module,
+    kernel: Any = None,
+    *,
+    verify: bool = False,
+    strict: bool = False,
+    command_line: Iterable[str] = (),
+) -> AccelerateReport:
     """Replace, in place, the forwards of the modules that are recognised by forwards that call this package's kernels.
 
     Parameters, their names, hooks, and so optimizers and checkpoints, stay as they are. A module that is not recognised
@@ -42,6 +49,7 @@ def accelerate(model: nn.Module, kernel: Any = None, *, verify: bool = False, st
         verify: Run each module beside its own forward first, on a copy, on random inputs of its own shapes, in float32.
             One that differs by more than 1e-5 of the largest output, or 1e-4 of the largest gradient, is left alone,
             and the report has the figures.
+        command_line: The values of `--kernel`.
         strict: Raise instead of leaving a module alone that `verify` finds to differ; then nothing is replaced.
 
     Returns:
@@ -58,7 +66,7 @@ def accelerate(model: nn.Module, kernel: Any = None, *, verify: bool = False, st
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes a torch.nn.Module, not {type(model).__name__}")
-    resolved = resolve_kernel(kernel)
+    resolved = resolve_kernel(kernel, command_line=command_line)
     known = adapters()
     entries: list[Entry] = []
     candidates: dict[str, tuple[Candidate, Entry]] = {}

@@ -9,7 +9,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from ...kernels.embeddings import sinusoids
-from ...modules.edge_factors import distance_bins, nearest_neighbours
+from ...kernels.neighbours import nearest_neighbours
+from ...modules.edge_factors import distance_bins
 from ..errors import BadInput
 
 if TYPE_CHECKING:
