@@ -57,7 +57,14 @@ _FLASH: Mapping[str, Candidates] = {
 }
 # Our own. Interpreted and compiled so far, never run on a GPU: `auto` leaves them out until a run on one is committed.
 _TRITON: Mapping[str, Candidates] = dict.fromkeys(
-    ("invariant_point_attention", "edge_transition", "triangle_attention", "attention_pair_bias"), ("triton",)
+    (
+        "invariant_point_attention",
+        "factorized_point_attention",
+        "edge_transition",
+        "triangle_attention",
+        "attention_pair_bias",
+    ),
+    ("triton",),
 )
 
 #: preset -> operation -> device type -> kernels, best first.

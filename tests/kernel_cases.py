@@ -39,6 +39,8 @@ FLOOR = {torch.float64: 1e-11, torch.float32: 1e-6, torch.bfloat16: 2e-3}
 EXCEEDS = {
     # The same, and the attended points come back in bfloat16: value and sum are each rounded to 1 part in 512. On CUDA.
     ("factorized_point_attention", "flash_attn", torch.bfloat16): 2.5,
+    # The same of what the pair factors are asked for; up to 3.7 was seen in the interpreter, of the points' weights.
+    ("factorized_point_attention", "triton", torch.bfloat16): 4.0,
     **({("factorized_point_attention", "torch", torch.bfloat16): 2.5} if torch.cuda.is_available() else {}),
     # scaled_dot_product_attention's flash kernels round the weights and their gradients to bfloat16 before the second
     # product. Up to 2.1 times the rule was seen; the definition with every operation in bfloat16 comes to 1.0.
