@@ -81,7 +81,9 @@ PRESETS: Mapping[str, Lists] = MappingProxyType(
         # Our own Triton kernels, where an operation has one.
         "triton": _everywhere(_STREAMED, cuda=_TRITON),
         # NVIDIA's library, where it has a kernel for the operation.
-        "cuequivariance": _everywhere(_STREAMED, cuda=_CUEQUIVARIANCE),
+        "cuequivariance": _everywhere(
+            _STREAMED, cuda={**_CUEQUIVARIANCE, "invariant_point_attention": ("cuequivariance",)}
+        ),
     }
 )
 

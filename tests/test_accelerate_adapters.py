@@ -32,6 +32,25 @@ class _Vendored(openfold._TriangleMultiplication):
         return self._update(z, mask)
 
 
+class _VendoredIncoming(_Vendored):
+    """As Multiflow's and FrameFlow's OpenFold has it: `_outgoing` is True, and the class has a product of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(outgoing=True)
+
+    def _update(self, z: Tensor, mask: Tensor | None) -> Tensor:
+        self._outgoing = False
+        try:
+            return super()._update(z, mask)
+        finally:
+            self._outgoing = True
+
+
+def _own_product(module: nn.Module) -> nn.Module:
+    type(module)._combine_projections = None  # type: ignore[attr-defined]
+    return module
+
+
 def _as(name: str, module: nn.Module) -> nn.Module:
     module.__class__ = type(name, (type(module),), {"forward": type(module).forward})
     return module
@@ -79,6 +98,11 @@ FORMS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     ),
     "vendored multiplication": (
         lambda: _as("TriangleMultiplicationOutgoing", _Vendored(outgoing=True)),
+        "openfold_triangle_multiplication",
+        "OpenFold as vendored",
+    ),
+    "vendored multiplication, incoming": (
+        lambda: _own_product(_as("TriangleMultiplicationIncoming", _VendoredIncoming())),
         "openfold_triangle_multiplication",
         "OpenFold as vendored",
     ),
@@ -493,6 +517,7 @@ class _OpenFold3(openfold.TriangleMultiplicationOutgoing):
             "its linear has a precision of its own",
         ),
         (_changed(openfold.TriangleMultiplicationOutgoing, _outgoing=None), "`_outgoing`"),
+        (_changed(openfold.TriangleMultiplicationIncoming, _outgoing=True), "do not agree"),
         (_changed(openfold.TriangleMultiplicationOutgoing, c_z=13), "its attributes say others"),
         (_as("TriangleMultiplicationOutgoing", _OpenFold3()), "its forward takes (z, mask=, inplace_safe=, use_cueq=)"),
         (_changed(openfold.InvariantPointAttention, is_multimer=True), "whether it is the multimer's cannot be told"),
