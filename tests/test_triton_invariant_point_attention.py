@@ -165,7 +165,7 @@ def _cases() -> Iterator[Any]:
 @with_triton
 @pytest.mark.parametrize("variant", [*_cases()])
 def test_it_compiles_and_fits(variant, tmp_path):
-    """Within the chip's shared memory and what was committed; products on the tensor cores; z is loaded ahead."""
+    """Within the chip's shared memory and what was committed; products on the tensor cores; one load of z."""
     import triton
 
     code = compiled(variant)
@@ -178,13 +178,15 @@ def test_it_compiles_and_fits(variant, tmp_path):
     assert found.stack <= stack + ALLOWANCE
     assert ("tf32" in code.asm["ptx"]) == (variant.z == tiles.EXACT)
     assert re.search(r"mma\.sync", code.asm["ptx"])
-    (tile,) = {tuple(map(int, found)) for found in re.findall(Z_TILE, code.asm["ttgir"])}
-    assert tile[2] == min(variant.channels, tiles.CHUNK)
-    assert not re.search(r"tt\.load %z_(tile|more)", code.asm["ttgir"]), "z is not loaded ahead"
-
-
-#: Where a tile [queries, keys, channels] of z is on its way to shared memory.
-Z_TILE = r"async_copy_global_to_local %z_tile\w*,[^\n]*tensor<(\d+)x(\d+)x(\d+)x!tt\.ptr"
+    # One load in the loop for each chunk of z's channels; 16-bit tiles are on their way to memory before their turn,
+    # float32's are not, because their split into three products stands between the load and its use.
+    waits = re.findall(r"%(z_tile|z_more)\w* = tt\.load ", code.asm["ttgir"])
+    ahead = re.findall(r"%(z_tile|z_more)\w* = ttg\.async_copy_global_to_local ", code.asm["ttgir"])
+    chunks = ["z_tile", "z_more"][: variant.channels // tiles.CHUNK]
+    if variant.z == tiles.EXACT:
+        assert waits == chunks and not ahead
+    else:
+        assert not waits and set(ahead) == set(chunks)
 
 
 @with_triton
