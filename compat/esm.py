@@ -71,7 +71,7 @@ def load(
         contacts: Whether to read the contact head. Without it, no regression file is needed.
 
     Returns:
-        The model, in eval mode and the checkpoint's floating type, and its alphabet.
+        The model, in eval mode and float32 whatever the file holds, as fair-esm's, and its alphabet.
 
     Raises:
         BadInput: A file is missing, damaged or hostile, holds another architecture, or its weights do not fit; the
@@ -101,7 +101,7 @@ def shared(path: str | Path, dtype: torch.dtype | None = None) -> LanguageModel:
 
     Args:
         path: As for `load`. The contact head is not read.
-        dtype: What it computes in; by default the checkpoint's floating type.
+        dtype: What it computes in; by default float32.
 
     Returns:
         The language model, for `FrozenESM`. It is kept as long as somebody holds it.
@@ -130,7 +130,6 @@ def _built(path: str | Path | Mapping[str, Tensor], contacts: bool) -> ESM2:
     if not contacts:
         weights = {name: weight for name, weight in weights.items() if not name.startswith("contact_head.")}
     sizes = _sizes(weights, settings, source)
-    dtype = weights["embed_tokens.weight"].dtype
     try:
         # Nothing is drawn: every parameter comes from the checkpoint.
         with torch.device("meta"):
@@ -139,7 +138,7 @@ def _built(path: str | Path | Mapping[str, Tensor], contacts: bool) -> ESM2:
         raise BadInput(f"{source}: no ESM-2: {error}.") from error
     _complete(weights, model)
     _check(weights, model, source)
-    model.to_empty(device="cpu").to(dtype)
+    model.to_empty(device="cpu")
     model.lm_head.weight = model.embed_tokens.weight  # `to_empty` gives each name a tensor of its own
     model.load_state_dict(weights, strict=True)
     return model.eval()

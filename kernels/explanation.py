@@ -163,7 +163,7 @@ def explain(
         resolved = asked if given or not module.kernel_config else _as_bound(model, module.kernel_config)
         configurations[token(resolved.config)] = resolved
         for use in module.kernel_uses():
-            key = (use.operation, tuple(use.dims.items()), use.options, token(resolved.config))
+            key = (use.operation, tuple(use.dims.items()), use.options, use.dtype, token(resolved.config))
             users.setdefault(key, (use, resolved.config, []))[2].append(name)
     choices = [
         _choose(request, config, on, tuple(modules))

@@ -102,12 +102,12 @@ class EdgeTransition(TransitionLayers):
 
 
 def update_pairs(
-    layer: TransitionLayers,
+    layer: Any,
     node_embed: Float[Tensor, "b n c_s"],
     edge_embed: Float[Tensor, "b n n c_z"],
     mask: Float[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, "b n n c_z_out"]:
-    """What `EdgeTransition` computes, with any layer that has its parameters."""
+    """What `EdgeTransition` computes, with any layer that has its parameters, of whatever class."""
     return edge_transition(
         layer.initial_embed(node_embed),
         edge_embed,
@@ -118,10 +118,9 @@ def update_pairs(
     )
 
 
-def transition_weights(layer: TransitionLayers) -> EdgeWeights:
+def transition_weights(layer: Any) -> EdgeWeights:
     """The operation's weights, in its order."""
-    layers: tuple[Any, ...] = (layer.trunk[0], layer.trunk[2], layer.final_layer, layer.layer_norm)
-    first, second, last, norm = layers
+    first, second, last, norm = layer.trunk[0], layer.trunk[2], layer.final_layer, layer.layer_norm
     return (
         first.weight,
         first.bias,
@@ -134,7 +133,7 @@ def transition_weights(layer: TransitionLayers) -> EdgeWeights:
     )
 
 
-def pair_transition_use(layer: TransitionLayers) -> Use:
+def pair_transition_use(layer: Any) -> Use:
     """The operation that `update_pairs` calls."""
     nodes = layer.initial_embed.out_features
     return Use(

@@ -342,6 +342,13 @@ class ESM2(nn.Module):
                 f"tokens have shape {tuple(tokens.shape)} and type {tokens.dtype}: expected whole numbers [batch, n], "
                 "as alphabet.get_batch_converter() gives them"
             )
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
+            least, most = (int(end) for end in tokens.aminmax())
+            if least < 0 or most >= self.alphabet_size:
+                strange_token = least if least < 0 else most
+                raise ValueError(
+                    f"tokens hold {strange_token}; this alphabet's numbers are 0 to {self.alphabet_size - 1}"
+                )
         wanted = {int(layer) for layer in repr_layers}
         strange = sorted(layer for layer in wanted if not 0 <= layer <= self.num_layers)
         if strange:

@@ -1,12 +1,12 @@
 """Mixes a frozen language model's features into the single and the pair representation."""
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels.tensors import any_requires_grad
+from ..kernels.tensors import any_requires_grad, item_masks
 from .frozen_esm import FrozenESM, PairRows
 from .ipa_trunk import mask_pairs
 from .masks import boolean
@@ -83,41 +83,48 @@ class ESMCombiner(nn.Module):
         if self.only_single:
             return nodes, mask_pairs(edge_embed, mask, overwrite=overwrite_z)
         assert features.pairs is not None
+        # A mask is looked at on a CPU only: asking a GPU would wait for it.
+        masks = item_masks(mask, mask.shape[0])
         if any_requires_grad(edge_embed, *self.pair_proj.parameters(), *self.pair_layer_norm.parameters()):
             items = [
                 torch.cat([self._rows_again(pairs, block, edges[block], here) for block in pairs.blocks()])
-                for pairs, edges, here in zip(features.pairs, edge_embed, mask, strict=True)
+                for pairs, edges, here in zip(features.pairs, edge_embed, masks, strict=True)
             ]
             return nodes, torch.stack(items)
         out = edge_embed if overwrite_z else torch.empty_like(edge_embed)
-        for pairs, edges, here, written in zip(features.pairs, edge_embed, mask, out, strict=True):
+        for pairs, edges, here, written in zip(features.pairs, edge_embed, masks, out, strict=True):
             for block in pairs.blocks():
                 written[block] = self._rows(pairs, block, edges[block], here)
         return nodes, out
 
-    def _rows_again(self, pairs: PairRows, block: slice, edges: Tensor, mask: Tensor) -> Float[Tensor, "r n c_z"]:
+    def _rows_again(
+        self, pairs: PairRows, block: slice, edges: Tensor, mask: Tensor | None
+    ) -> Float[Tensor, "r n c_z"]:
         """Rows that keep nothing for the backward pass but what they are made of."""
         rows: Tensor = checkpoint(self._rows, pairs, block, edges, mask, use_reentrant=False, preserve_rng_state=False)
         return rows
 
     def _rows(
-        self, pairs: PairRows, block: slice, edges: Float[Tensor, "r n c_z"], mask: Shaped[Tensor, " n"]
+        self, pairs: PairRows, block: slice, edges: Float[Tensor, "r n c_z"], mask: Bool[Tensor, " n"] | None
     ) -> Float[Tensor, "r n c_z"]:
-        """Some rows of the pair representation.
+        """Some rows of the pair representation; nothing of it is masked where `mask` is None.
 
-        The perceptron's LayerNorm over layers and heads is applied behind its first product, to which it is linear but
-        for two numbers a pair, so that the maps are multiplied as they lie in memory, channels first.
+        The perceptron's LayerNorm over layers and heads is folded around its first product, so that the maps are
+        multiplied as they lie in memory, channels first: taking the mean from the maps is taking it from the weights,
+        and the spread is one number a pair. The mean of two sums is normalised as their sum, with four times epsilon.
         """
         norm, first, _, last = self.pair_proj
         assert isinstance(norm, nn.LayerNorm) and isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
         maps = pairs.rows(block).to(first.weight.dtype).flatten(1)
+        ones = maps.new_full((1, maps.shape[0]), 1.0 / maps.shape[0])
+        variance = torch.mm(ones, maps.square()) - torch.mm(ones, maps).square()
+        spread = torch.rsqrt(variance.clamp(min=0.0) + norm.eps).view(-1, 1)
         weight = first.weight * norm.weight
-        mean = maps.mean(0)
-        variance = torch.linalg.vector_norm(maps, dim=0).square() / maps.shape[0] - mean.square()
-        spread = torch.rsqrt(variance.clamp(min=0.0) + norm.eps)
-        hidden = maps.t() @ weight.t()
-        hidden = torch.addcmul(hidden, mean[:, None], weight.sum(1), value=-1) * spread[:, None]
-        hidden = hidden + (first.bias + first.weight @ norm.bias)
-        pair = last(F.gelu(hidden)).view_as(edges)
-        rows: Tensor = self.pair_layer_norm(0.5 * (pair + edges))
-        return (rows * (mask[block, None] & mask)[..., None]).to(edges.dtype)
+        weight = weight - weight.mean(1, keepdim=True)
+        hidden = torch.addcmul(first.bias + first.weight @ norm.bias, torch.mm(maps.t(), weight.t()), spread)
+        pair = last(F.gelu(hidden)).view_as(edges) + edges
+        final = self.pair_layer_norm
+        rows = F.layer_norm(pair, final.normalized_shape, final.weight, final.bias, 4.0 * final.eps)
+        if mask is not None:
+            rows = rows.masked_fill(~(mask[block, None] & mask)[..., None], 0.0)
+        return rows.to(edges.dtype)

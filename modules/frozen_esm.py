@@ -20,7 +20,7 @@ from .kernel_module import KernelModule
 from .length_groups import grouped
 
 #: Weights of a block of rows of the attention maps, all layers and heads, at most; on a GPU, many more.
-_WEIGHTS_AT_ONCE, _WEIGHTS_AT_ONCE_GPU = 1 << 22, 1 << 26
+_WEIGHTS_AT_ONCE, _WEIGHTS_AT_ONCE_GPU = 1 << 20, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,8 @@ class FrozenESM(KernelModule):
         elif dtype is not None and dtype is not language_model.dtype:
             raise ValueError(f"dtype is {dtype}, and the shared language model computes in {language_model.dtype}")
         self.language_model = language_model
+        # Nothing but a place, so that `bind` sees where a frozen model that stands alone computes.
+        self.register_buffer("place", torch.empty(0, device=language_model.device), persistent=False)
         self.pairs = pairs
         self.joiner = ChainJoiner(language_model.model.alphabet, linker, residue_index_offset)
         self.cache_size = cache
@@ -184,9 +186,10 @@ class FrozenESM(KernelModule):
         """Attention of one layer, and, where pairs are wanted, the maps of all."""
         model = self.language_model.model
         head = model.embed_dim // model.attention_heads
-        maps = [Use("attention", {"h": model.num_layers * model.attention_heads, "d": head}, ("maps",))]
+        every, dtype = model.num_layers * model.attention_heads, self.language_model.dtype
+        maps = [Use("attention", {"h": every, "d": head}, ("maps",), dtype)]
         # The maps first: a kernel that has none is told so, whatever else it cannot do.
-        return [*(maps if self.pairs else []), Use("attention", {"h": model.attention_heads, "d": head})]
+        return [*(maps if self.pairs else []), Use("attention", {"h": model.attention_heads, "d": head}, (), dtype)]
 
     def train(self, mode: bool = True) -> FrozenESM:
         """Training changes nothing here."""

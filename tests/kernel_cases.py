@@ -39,13 +39,28 @@ FLOOR = {torch.float64: 1e-11, torch.float32: 1e-6, torch.bfloat16: 2e-3}
 EXCEEDS = {
     # The same, and the attended points come back in bfloat16: value and sum are each rounded to 1 part in 512. On CUDA.
     ("factorized_point_attention", "flash_attn", torch.bfloat16): 2.5,
+    # The same of what the pair factors are asked for; up to 3.7 was seen in the interpreter, of the points' weights.
+    ("factorized_point_attention", "triton", torch.bfloat16): 4.0,
     **({("factorized_point_attention", "torch", torch.bfloat16): 2.5} if torch.cuda.is_available() else {}),
     # scaled_dot_product_attention's flash kernels round the weights and their gradients to bfloat16 before the second
     # product. Up to 2.1 times the rule was seen; the definition with every operation in bfloat16 comes to 1.0.
     ("attention", "torch", torch.bfloat16): 2.5,
+    # Points, which the definition keeps in float32, are values of 16 bits; so are the gradients of lifted points. 3.8
+    # was seen, on a stand-in.
+    ("invariant_point_attention", "cuequivariance", torch.bfloat16): 4.5,
     # Weights and their gradients are rounded to 16 bits before their products. Up to 1.7 was seen, interpreted.
     ("invariant_point_attention", "triton", torch.bfloat16): 2.5,
 }
+
+#: Gradients that come back through a ReLU. Of a value close to zero 16 bits may see the other side, which moves single
+#: entries by all that passed there; the definition, which computes in float32 whatever it is given, shows none of that.
+#: Where single entries do not hold, the norm of the error is judged, as a part of the norm. Of `torch` with products in
+#: bfloat16, up to 0.06 was seen.
+BEHIND_RELU = dict.fromkeys(
+    ("edge_transition", "edge_transition_attention"),
+    frozenset({"nodes", "z", "weight_1", "bias_1", "weight_2", "bias_2"}),
+)
+FLIPPED = 0.15
 
 #: Kernels of plain PyTorch must run everywhere, except for what is named here.
 MUST_RUN = ("reference", "torch")
@@ -204,7 +219,7 @@ def build_ipa(
 
 
 def _factorized(n: int, b: int, masked: bool, size: int, seed: int, away: float = 0.0) -> Case:
-    h, c, p, pv, rank, cp = ((3, 4, 2, 5, 2, 3), (4, 16, 4, 8, 2, 8))[size]
+    h, c, p, pv, rank, cp = ((3, 4, 2, 5, 2, 3), (4, 16, 4, 8, 2, 8), (8, 16, 8, 12, 2, 32))[size]
     r = Random(seed)
     mask = r.mask(b, n) if masked else None
     # Both factors at 7 and 33, one of them at 16 and 17, none at 2.
@@ -667,6 +682,12 @@ def error(got: Tensor, truth: Tensor) -> float:
     return float((got.double().cpu() - truth.double().cpu()).abs().max()) if got.numel() else 0.0
 
 
+def relative(got: Tensor, truth: Tensor) -> float:
+    """The norm of the error, as a part of the truth's norm."""
+    truth = truth.double()
+    return float((got.double().to(truth.device) - truth).norm() / truth.norm())
+
+
 def assert_as_good(
     name: str, got: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype, least: float = 0.0, exceeds: float = 1.0
 ) -> None:
@@ -687,7 +708,10 @@ def assert_all_as_good(got: Ran, plain: Ran, truth: Ran, dtype: torch.dtype) -> 
         assert_as_good(f"output {i}", out, theirs, true, dtype, exceeds=exceeds)
     # A gradient that is nothing but rounding (of q, where there is one key) is measured by what cancelled in it.
     all_gradients = max((float(g.abs().max()) for g in truth.gradients.values()), default=0.0)
+    flips = BEHIND_RELU.get(got.kernels[0].split(": ")[0] if got.kernels else "", frozenset())
     for name, gradient in got.gradients.items():
         true = truth.gradients[name]
+        if name in flips and dtype is torch.bfloat16 and relative(gradient, true) <= FLIPPED:
+            continue
         least = all_gradients if float(true.abs().max()) < 1e-9 * all_gradients else 0.0
         assert_as_good(f"gradient of {name}", gradient, plain.gradients[name], true, dtype, least, exceeds)

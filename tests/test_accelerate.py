@@ -205,7 +205,7 @@ def compiled(layer: multiflow.InvariantPointAttention) -> None:
         (backward_hook, "its down_z has a hook"),
         (own_forward, "it has a forward of its own on the instance"),
         (parametrized, "its linear_q is parametrized"),
-        (another_linear, "its linear_q is a Scaled, no plain Linear"),
+        (another_linear, "its linear_q is a Scaled with a forward of its own"),
         (more_parameters, "a parameter it should not have: gate.weight, gate.bias"),
         (fewer_parameters, "no parameter linear_out.bias"),
         (another_shape, "linear_b.weight has shape [4, 16], where its attributes say [3, 16]"),

@@ -266,6 +266,17 @@ def test_maps_of_a_kernel_that_has_none_is_an_error_at_build_time():
         FrozenESM(language_model(), pairs=False)(*proteins()).pair()
 
 
+def test_what_is_bound_is_what_runs():
+    """The language model's own floating type decides, not its holder's; and where it is, not where nothing is."""
+    frozen = FrozenESM(language_model(), dtype=torch.bfloat16)
+    holder = torch.nn.ModuleList([torch.nn.Linear(2, 2), frozen])
+    for report in (bind(holder, "torch"), bind(frozen, "torch")):
+        assert {decision.request.dtype for decision in report.decisions()} == {torch.bfloat16}
+    assert "place" not in dict(holder.state_dict())
+    # The angles of a float16 file are rounded alike in every layer; those of a model cast to it are not rounded.
+    assert frozen.language_model.model.layers[0].self_attn.rot_emb.inv_freq.dtype is torch.float32
+
+
 # Streaming ------------------------------------------------------------------------------------------------------------
 
 

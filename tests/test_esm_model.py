@@ -158,6 +158,16 @@ def test_fair_esm_s_loader_gives_the_same(fair, monkeypatch):
     assert [getattr(ours, name) for name in names] == [getattr(theirs, name) for name in names]
 
 
+@pytest.mark.parametrize("component", ["forward", "ragged", "maps", "contacts", "features"])
+def test_the_benchmark_s_check(fair, component, monkeypatch):
+    """Both of its sides compute the same, at a length that takes no time."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]))
+    esm_cpu: Any = importlib.import_module("benchmarks.esm_cpu")
+    monkeypatch.setattr(esm_cpu, "LAYERS", 2)
+    correct, words = esm_cpu.check(esm_cpu.Task(component, 24))
+    assert correct, words
+
+
 # Padding --------------------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +375,12 @@ def test_every_kind_of_file_gives_the_same_model(tmp_path):
         without(batch(5), return_contacts=True)
 
 
+def test_a_file_in_half_precision_gives_float32():
+    """As fair-esm reads the largest of its checkpoints, whose weights are float16."""
+    half, _ = esm.load({name: tensor.half() for name, tensor in tiny().state_dict().items()})
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+
+
 def test_hugging_face_s_files(tmp_path):
     """Its names, its folder, and what newer ones leave out."""
     weights = huggingface()
@@ -470,6 +486,8 @@ def test_sequences_that_are_none(given, said):
     [
         (lambda m: m(torch.zeros(3, dtype=torch.int64)), r"expected whole numbers \[batch, n\]"),
         (lambda m: m(torch.zeros(2, 3)), "whole numbers"),
+        (lambda m: m(torch.full((1, 3), 33)), "tokens hold 33; this alphabet's numbers are 0 to 32"),
+        (lambda m: m(batch(4) - 1), "tokens hold -1"),
         (lambda m: m(batch(4), repr_layers=[4]), "no layer 4; this model has 0 to 3"),
         (lambda m: m(batch(4), repr_layers=[-1]), "no layer -1"),
         (lambda m: ESM2(2, 30, 4), "pairs of channels"),

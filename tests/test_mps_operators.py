@@ -29,6 +29,7 @@ from foldkernels.compat.multiflow.interpolant import Interpolant
 from foldkernels.kernels.binding import bind
 from foldkernels.modules.edge_features import EdgeFeatureNet
 from foldkernels.modules.edge_transition import EdgeTransition
+from foldkernels.modules.esm2 import ESM2
 from foldkernels.modules.invariant_point_attention import InvariantPointAttention
 from foldkernels.modules.rigid import Rigid
 from foldkernels.modules.sequence_transformer import SequenceTransformer
@@ -286,6 +287,23 @@ def test_multiflow_model(kernel, batch):
         loss = loss + nn.functional.cross_entropy(out["pred_logits"].flatten(0, 1), batch["aatypes_t"].flatten())
         loss.backward()
         optimiser.step()
+
+
+@pytest.mark.parametrize("kernel", ["reference", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_esm2(kernel, dtype):
+    """A padded batch as a whole, as a GPU computes it, with all that can be asked for; a step; contacts alone."""
+    torch.manual_seed(0)
+    model = ESM2(2, 16, 2).to(dtype)
+    bind(model, kernel)
+    tokens = torch.randint(4, 24, (2, N))
+    tokens[0, 6:] = 1
+    present = tokens != 1
+    with collected():
+        with torch.no_grad():
+            model._pass(tokens, present, {0, 2}, True)
+            model.predict_contacts(tokens)
+        model._pass(tokens, present, {1}, False)["logits"].float().square().sum().backward()
 
 
 def _in_a_file_of_the_cpu() -> bool:

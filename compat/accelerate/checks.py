@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,11 @@ from torch import nn
 from .recognition import Declined
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether the module's class is this package's own: several have the names and parameters of others'."""
+    return type(module).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def require_untouched(module: nn.Module) -> None:
@@ -50,11 +55,16 @@ def require_parameters(
 
 
 def require_linear(module: nn.Module, *names: str) -> None:
-    """These children (dotted names) are linear layers that compute what `nn.Linear` computes."""
+    """These children (dotted names) are linear layers that compute what `nn.Linear` computes.
+
+    OpenFold's `Linear`, which others have copied, has its own forward for 16 bits; a `precision` makes it another.
+    """
     for name in names:
         child = _child(module, name)
-        if not isinstance(child, nn.Linear) or type(child).forward is not nn.Linear.forward:
-            raise Declined(f"its {name} is a {type(child).__name__}, no plain Linear")
+        kind = type(child)
+        copied = kind.__name__ == "Linear" and getattr(child, "precision", "") is None
+        if not isinstance(child, nn.Linear) or not (kind.forward is nn.Linear.forward or copied):
+            raise Declined(f"its {name} is a {kind.__name__} with a forward of its own, no plain Linear")
 
 
 def require_exactly(module: nn.Module, **types: type[nn.Module]) -> None:
@@ -119,6 +129,14 @@ def require_signature(module: nn.Module, *known: str) -> str:
     if found not in known:
         raise Declined(f"its forward takes ({found.replace(' ', ', ')}), which no known form does")
     return found
+
+
+def require_constants(method: Callable[..., Any], *values: float) -> None:
+    """The method's own code has these numbers in it: constants of the maths that no attribute tells."""
+    code = getattr(inspect.unwrap(method), "__code__", None)
+    missing = [value for value in values if code is None or value not in code.co_consts]
+    if missing:
+        raise Declined(f"{method.__qualname__} does not have the constant {_listed([str(v) for v in missing])}")
 
 
 def _child(module: nn.Module, name: str) -> nn.Module:

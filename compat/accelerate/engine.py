@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ...configs.resolve import resolve_kernel
-from ...kernels.binding import BindReport, bind_modules, place_of
+from ...kernels.binding import Bindable, BindReport, bind_modules, place_of
 from ...kernels.registry import token
 from .adapters import adapters
-from .checks import require_untouched
+from .checks import is_ours, require_untouched
 from .misses import nearest_misses
 from .recognition import Adapter, Declined, Recognised
 from .replacement import Candidate, is_replaced, put_back
@@ -29,7 +29,14 @@ class VerificationFailed(RuntimeError):
     """A replaced module differs from its own forward by more than the tolerances; the message has the figures."""
 
 
-def accelerate(model: nn.Module, kernel: Any = None, *, verify: bool = False, strict: bool = False) -> AccelerateReport:
+def accelerate(
+    model: nn.Module,
+    kernel: Any = None,
+    *,
+    verify: bool = False,
+    strict: bool = False,
+    command_line: Iterable[str] = (),
+) -> AccelerateReport:
     """Replace, in place, the forwards of the modules that are recognised by forwards that call this package's kernels.
 
     Parameters, their names, hooks, and so optimizers and checkpoints, stay as they are. A module that is not recognised
@@ -42,6 +49,7 @@ def accelerate(model: nn.Module, kernel: Any = None, *, verify: bool = False, st
         verify: Run each module beside its own forward first, on a copy, on random inputs of its own shapes, in float32.
             One that differs by more than 1e-5 of the largest output, or 1e-4 of the largest gradient, is left alone,
             and the report has the figures.
+        command_line: The values of `--kernel`.
         strict: Raise instead of leaving a module alone that `verify` finds to differ; then nothing is replaced.
 
     Returns:
@@ -58,7 +66,7 @@ def accelerate(model: nn.Module, kernel: Any = None, *, verify: bool = False, st
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes a torch.nn.Module, not {type(model).__name__}")
-    resolved = resolve_kernel(kernel)
+    resolved = resolve_kernel(kernel, command_line=command_line)
     known = adapters()
     entries: list[Entry] = []
     candidates: dict[str, tuple[Candidate, Entry]] = {}
@@ -145,6 +153,12 @@ def _walk(model: nn.Module, known: Mapping[str, Adapter]) -> Iterator[tuple[str,
         if needless:
             inside += (f"{name}." if name else "",)
             yield name, module, Entry(name, kind, "needs nothing", reason=needless), None
+            continue
+        if is_ours(module):
+            if isinstance(module, Bindable):
+                inside += (f"{name}." if name else "",)
+                reason = "it calls this package's kernels already; bind() chooses them"
+                yield name, module, Entry(name, kind, "needs nothing", reason=reason), None
             continue
         if is_replaced(module):
             reason = "an earlier call; bind() changes its kernel"

@@ -1,4 +1,4 @@
-"""Putting a forward on a module, and taking it off again: three entries in the instance's own dictionary.
+"""Putting a forward on a module, and taking it off again: a few entries in the instance's own dictionary.
 
 The parameters, the buffers, the hooks and the class stay as they are. A bound method would not do: it is pickled as the
 name of a method of the class, which the other project's class does not have.
@@ -15,7 +15,9 @@ from torch import nn
 from ...kernels.binding import Use
 from .recognition import Forward, Recognised
 
-_ENTRIES = ("forward", "kernel_config", "kernel_uses")
+# DataParallel copies a module's dictionary to a replica for each GPU: the replica's forward must be its own.
+_REPLICATE = "_replicate_for_data_parallel"
+_ENTRIES = ("forward", "kernel_config", "kernel_uses", _REPLICATE)
 
 
 class Bound:
@@ -59,6 +61,16 @@ class Candidate:
         entries["kernel_config"] = self.kernel_config
         entries["kernel_uses"] = Bound(self.recognised.uses, self.module)
         entries["forward"] = Bound(self.recognised.forward, self.module)
+        entries[_REPLICATE] = Bound(replicate, self.module)
+
+
+def replicate(module: nn.Module) -> nn.Module:
+    """What DataParallel calls for each GPU: the class's own replica, with our functions bound to it."""
+    replica: nn.Module = getattr(type(module), _REPLICATE)(module)
+    for name, entry in list(replica.__dict__.items()):
+        if isinstance(entry, Bound):
+            replica.__dict__[name] = Bound(entry.function, replica)
+    return replica
 
 
 def is_replaced(module: nn.Module) -> bool:

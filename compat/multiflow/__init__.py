@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .interpolant import Interpolant
     from .loading import load
     from .model import FlowModel
+    from .patching import patch
     from .sampling import run_sampling
 
 # Loaded when asked for: reading a checkpoint needs none of what sampling needs.
@@ -19,6 +20,7 @@ _HOMES = {
     "Interpolant": "interpolant",
     "ModelConfig": "configuration",
     "load": "loading",
+    "patch": "patching",
     "read_checkpoint": "checkpoint",
     "run_sampling": "sampling",
     "write_safetensors": "checkpoint",
@@ -29,6 +31,7 @@ __all__ = [
     "Interpolant",
     "ModelConfig",
     "load",
+    "patch",
     "read_checkpoint",
     "run_sampling",
     "write_safetensors",

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from ..registry import register
 from ..requests import KernelFunction, serves_everything
-from ..tensors import widest
-from ._rows import split
+from ._rows import split_exactly
 from ._streamed import edge_transition_streamed
 
 
@@ -25,11 +24,9 @@ def run(
     eps: float = 1e-5,
 ) -> Float[Tensor, "b n n cz_out"]:
     """Split the weights, then stream."""
-    # The residues' shares are sums of a few hundred terms and cost next to nothing: they are never rounded to 16 bits.
     weights = (weight_1, bias_1, weight_2, bias_2, weight_out, bias_out, norm_weight, norm_bias)
-    dtype = widest(nodes, weight_1)
-    parts = split(nodes.to(dtype), z.shape[-1], *(weight.to(dtype) for weight in weights))
-    return edge_transition_streamed(z, list(parts), mask, eps)
+    out: Tensor = edge_transition_streamed(z, split_exactly(nodes, z.shape[-1], *weights), mask, eps)
+    return out
 
 
 def load() -> KernelFunction:

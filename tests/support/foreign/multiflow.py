@@ -92,3 +92,98 @@ def ipa(**changes: Any) -> InvariantPointAttention:
     """A layer of odd sizes, with weights that are nowhere zero."""
     torch.manual_seed(0)
     return InvariantPointAttention(SimpleNamespace(**{**SIZES, **changes}))
+
+
+class EdgeTransition(nn.Module):
+    def __init__(
+        self,
+        *,
+        node_embed_size: int,
+        edge_embed_in: int,
+        edge_embed_out: int,
+        num_layers: int = 2,
+        node_dilation: int = 2,
+    ) -> None:
+        super().__init__()
+        share = node_embed_size // node_dilation
+        hidden = 2 * share + edge_embed_in
+        self.initial_embed = nn.Linear(node_embed_size, share)
+        layers = [layer for _ in range(num_layers) for layer in (nn.Linear(hidden, hidden), nn.ReLU())]
+        self.trunk = nn.Sequential(*layers)
+        self.final_layer = nn.Linear(hidden, edge_embed_out)
+        self.layer_norm = nn.LayerNorm(edge_embed_out)
+
+    def forward(self, node_embed: Tensor, edge_embed: Tensor) -> Tensor:
+        joined = torch.cat([edge_embed, cross(self.initial_embed(node_embed))], dim=-1)
+        out: Tensor = self.layer_norm(self.final_layer(self.trunk(joined) + joined))
+        return out
+
+
+def cross(x: Tensor) -> Tensor:
+    """Of each pair of residues, the first's features and the second's."""
+    n = x.shape[1]
+    return torch.cat([x[:, :, None].expand(-1, -1, n, -1), x[:, None].expand(-1, n, -1, -1)], dim=-1)
+
+
+def distogram(x: Tensor, min_bin: float, max_bin: float, num_bins: int) -> Tensor:
+    distance = torch.linalg.norm(x[:, :, None] - x[:, None], dim=-1)[..., None]
+    lower = torch.linspace(min_bin, max_bin, num_bins)
+    upper = torch.cat([lower[1:], torch.tensor([1e8])])
+    return ((distance > lower) & (distance < upper)).to(x.dtype)
+
+
+def index_embedding(index: Tensor, size: int, max_len: int) -> Tensor:
+    angles = index[..., None] * math.pi / max_len ** (2 * torch.arange(size // 2) / size)
+    return torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)
+
+
+EDGES = {"c_s": 24, "c_p": 16, "feat_dim": 8, "num_bins": 22, "embed_chain": False, "embed_diffuse_mask": True}
+
+
+class EdgeFeatureNet(nn.Module):
+    def __init__(self, module_cfg: Any) -> None:
+        super().__init__()
+        self._cfg = cfg = module_cfg
+        self.c_s, self.c_p, self.feat_dim = cfg.c_s, cfg.c_p, cfg.feat_dim
+        edge_parameters(self, 3 * cfg.feat_dim + 2 * cfg.num_bins + cfg.embed_chain + 2 * cfg.embed_diffuse_mask)
+
+    def embed_relpos(self, r: Tensor) -> Tensor:
+        out: Tensor = self.linear_relpos(index_embedding(r[:, :, None] - r[:, None], self.feat_dim, max_len=2056))
+        return out
+
+    def forward(
+        self, s: Tensor, t: Tensor, sc_t: Tensor, p_mask: Tensor, diffuse_mask: Tensor, chain_idx: Tensor
+    ) -> Tensor:
+        features = [cross(self.linear_s_p(s)), self.embed_relpos(torch.arange(s.shape[1]).repeat(s.shape[0], 1))]
+        features.append(distogram(t, min_bin=1e-3, max_bin=20.0, num_bins=self._cfg.num_bins))
+        features.append(distogram(sc_t, min_bin=1e-3, max_bin=20.0, num_bins=self._cfg.num_bins))
+        if self._cfg.embed_chain:
+            features.append((chain_idx[:, :, None] == chain_idx[:, None]).float()[..., None])
+        if self._cfg.embed_diffuse_mask:
+            features.append(cross(diffuse_mask[..., None]))
+        out: Tensor = self.edge_embedder(torch.cat(features, dim=-1))
+        out *= p_mask.unsqueeze(-1)
+        return out
+
+
+def edge_parameters(layer: nn.Module, features: int) -> None:
+    layer.linear_s_p = nn.Linear(layer.c_s, layer.feat_dim)
+    layer.linear_relpos = nn.Linear(layer.feat_dim, layer.feat_dim)
+    layer.edge_embedder = nn.Sequential(
+        nn.Linear(features, layer.c_p),
+        nn.ReLU(),
+        nn.Linear(layer.c_p, layer.c_p),
+        nn.ReLU(),
+        nn.Linear(layer.c_p, layer.c_p),
+        nn.LayerNorm(layer.c_p),
+    )
+
+
+def edge_transition(**changes: Any) -> EdgeTransition:
+    torch.manual_seed(0)
+    return EdgeTransition(**{"node_embed_size": 24, "edge_embed_in": 16, "edge_embed_out": 16, **changes})
+
+
+def edge_features(**changes: Any) -> EdgeFeatureNet:
+    torch.manual_seed(0)
+    return EdgeFeatureNet(SimpleNamespace(**{**EDGES, **changes}))
