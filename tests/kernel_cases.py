@@ -219,7 +219,7 @@ def build_ipa(
 
 
 def _factorized(n: int, b: int, masked: bool, size: int, seed: int, away: float = 0.0) -> Case:
-    h, c, p, pv, rank, cp = ((3, 4, 2, 5, 2, 3), (4, 16, 4, 8, 2, 8))[size]
+    h, c, p, pv, rank, cp = ((3, 4, 2, 5, 2, 3), (4, 16, 4, 8, 2, 8), (8, 16, 8, 12, 2, 32))[size]
     r = Random(seed)
     mask = r.mask(b, n) if masked else None
     # Both factors at 7 and 33, one of them at 16 and 17, none at 2.

@@ -15,6 +15,7 @@ import foldkernels
 from foldkernels.compat.accelerate import recognise, recognition, verification
 from foldkernels.compat.accelerate.adapters import adapters, fair_esm_attention
 from foldkernels.compat.accelerate.replacement import Candidate
+from foldkernels.modules.pairformer import PairformerLayer
 
 from .support.foreign import boltz, esm, openfold
 from .support.foreign.frames import random_rigid
@@ -483,6 +484,16 @@ def test_an_implementation_that_is_chosen_later_is_honoured() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- what is declined
+
+
+def test_this_packages_own_layers_need_nothing_although_they_have_the_names() -> None:
+    model = PairformerLayer(16, 16, num_heads=2)
+    foldkernels.bind(model, "reference")
+    report = foldkernels.accelerate(model)
+    assert report.replaced == () and report.misses == ()
+    assert {entry.status for entry in report.entries} == {"needs nothing"} and len(report.entries) == 5
+    assert foldkernels.restore(model) == 0
+    assert model.tri_mul_out.kernel_config == model.attention.kernel_config != ""
 
 
 def _changed(make: Callable[[], nn.Module], **attributes: Any) -> nn.Module:

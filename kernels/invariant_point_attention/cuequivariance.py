@@ -82,7 +82,7 @@ def run(
     width = columns(q.shape[-1], q_points.shape[-2], v_points.shape[-2], narrow=q.dtype.itemsize == 2)
     wide = (pad(x, (0, width - x.shape[-1])).transpose(1, 2).contiguous() for x in (lifted.q, lifted.k, lifted.v))
     there = mask if pair_mask is None else mask & (pair_mask & mask[:, None]).any(-1)
-    out, pair = _Attention.apply(*wide, z, bias_weight, mask, there, pair_mask)  # type: ignore[no-untyped-call]
+    out, pair = _Attention.apply(*wide, z, bias_weight, mask, there, pair_mask)
     out = out[..., : lifted.v.shape[-1]].transpose(1, 2)
     values, points, _ = split_values(out, lifted.centre, v, v_points, None, there)
     return values, points, pair.to(q.dtype)
@@ -124,7 +124,7 @@ class _Attention(torch.autograd.Function):
         bias = _bias(z, bias_weight, pair_mask)
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (v, bias)]
-            attended = _attend(q, k, *leaves, mask)
+            attended = _attend(q, k, leaves[0], leaves[1], mask)
             dv, d_logits = torch.autograd.grad(attended, leaves, d_out.to(attended.dtype))
         dq, dk = torch.empty_like(q, dtype=torch.float32), torch.zeros_like(k, dtype=torch.float32)
         dz = torch.empty_like(z, memory_format=torch.contiguous_format)
