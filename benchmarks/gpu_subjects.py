@@ -110,7 +110,7 @@ def of(item: Item) -> str:
 
 
 @lru_cache(maxsize=1)
-def published(operation: str, length: int) -> Any:
+def published(operation: str, length: int, device: str) -> Any:
     """The operation's case at the published widths, one item, nothing masked. The last one is kept: kernels share it.
 
     An operation whose builder knows no such widths gets its widest.
@@ -118,23 +118,25 @@ def published(operation: str, length: int) -> Any:
     here = cases()
     for size in (here.PUBLISHED, 1):
         try:
-            return here.BUILDERS[operation](length, 1, False, size, seed=length)
+            case = here.BUILDERS[operation](length, 1, False, size, seed=length)
         except IndexError:
             continue
+        values = {name: None if value is None else value.to(device) for name, value in case.values.items()}
+        return replace(case, values=values)
     raise KeyError(operation)
 
 
 @contextmanager
 def operation(item: Item, device: str) -> Iterator[Callable[[], object]]:
     """The call of one kernel; under `step` with every gradient."""
-    here, case = cases(), published(of(item), item.length)
+    here, case = cases(), published(of(item), item.length, device)
     step = item.mode == "step"
     x: dict[str, Any] = {}
     for name, value in case.values.items():
         if value is not None and value.is_floating_point():
-            value = value.to(device=device, dtype=here.given_dtype(case, name, item.dtype))
+            value = value.to(here.given_dtype(case, name, item.dtype), copy=True)
             value.requires_grad_(step and name not in case.constants)
-        x[name] = value if value is None else value.to(device)
+        x[name] = value
     wanted = [value for value in x.values() if value is not None and value.requires_grad]
     settings = {"precision": "tf32" if item.precision == "tf32" else "float32"}
     with rounding(item), here.required(case.operation, item.side, **settings) as config:
@@ -180,6 +182,12 @@ def check_operation(item: Item, device: str, n: int, variant: str, size: int, **
     except AssertionError as wrong:
         return {**result, "correct": False, "check": f"n={n} {variant}: {wrong}"}
     return result
+
+
+def forget() -> None:
+    """Let go of cases and of what they gave: their memory is not that of what is measured next."""
+    published.cache_clear()
+    cases().truth_and_plain.cache_clear()
 
 
 # Layers and the model -------------------------------------------------------------------------------------------------
@@ -238,7 +246,11 @@ def build(item: Item, device: str, dropout: float) -> nn.Module:
 
 def draw(item: Item, device: str, masked: int = 0) -> dict[str, Tensor]:
     """Inputs; the pair representation in the type that autocast makes of it."""
-    x = {name: value.to(device) for name, value in multiflow_cpu.draw_inputs(item.length, masked).items()}
+    drawn = multiflow_cpu.draw_inputs(item.length, masked, pairs=False)
+    if item.subject != "model":
+        z = torch.empty(1, item.length, item.length, C_Z, device=device)
+        drawn["z"] = z.normal_(generator=torch.Generator(device).manual_seed(3))
+    x = {name: value.to(device) for name, value in drawn.items()}
     if of(item) == "attention_pair_bias":
         x["s"] = torch.randn(1, item.length, C_S, generator=torch.Generator().manual_seed(2)).to(device)
     return {**x, "z": x["z"].to(item.dtype)}
@@ -292,7 +304,7 @@ def layer(item: Item, device: str) -> Iterator[Callable[[], object]]:
 
     @lru_cache
     def direction(shape: torch.Size) -> Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
+        return torch.randn(shape, device=device)
 
     def directions(out: Tensor) -> Tensor:
         return direction(out.shape)

@@ -34,7 +34,7 @@ def long_case(operation: str) -> Any:
     """A case of the published widths with the sizes of a long chain, and the values of a short one: to ask, not run."""
     from foldkernels.kernels import registry
 
-    case = gpu_subjects.published(operation, 16)
+    case = gpu_subjects.published(operation, 16, "cpu")
     return replace(case, dims={**case.dims, registry.operations()[operation].length: 4096})
 
 
@@ -156,6 +156,9 @@ class Worker:
 
     def time(self, item: Item) -> dict[str, Any]:
         """Median and spread of a call, and what it adds to memory."""
+        gpu_subjects.cases().truth_and_plain.cache_clear()
+        if not item.subject.startswith("operation."):
+            gpu_subjects.forget()
         with gpu_subjects.prepared(item, self.device) as run:
             run()  # compiles, tunes, fills pools
             before = self._memory(reset=True)
@@ -172,6 +175,7 @@ class Worker:
         if not self.cuda:
             return {"skipped": "memory is measured on a GPU"}
         self.flush = torch.empty(1, device=self.device)
+        gpu_subjects.forget()
         share = item.gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
         length, tried = item.length, []
         torch.cuda.empty_cache()

@@ -57,7 +57,14 @@ _FLASH: Mapping[str, Candidates] = {
 }
 # Our own. Interpreted and compiled so far, never run on a GPU: `auto` leaves them out until a run on one is committed.
 _TRITON: Mapping[str, Candidates] = dict.fromkeys(
-    ("invariant_point_attention", "edge_transition", "triangle_attention", "attention_pair_bias"), ("triton",)
+    (
+        "invariant_point_attention",
+        "factorized_point_attention",
+        "edge_transition",
+        "triangle_attention",
+        "attention_pair_bias",
+    ),
+    ("triton",),
 )
 
 #: preset -> operation -> device type -> kernels, best first.
@@ -74,7 +81,9 @@ PRESETS: Mapping[str, Lists] = MappingProxyType(
         # Our own Triton kernels, where an operation has one.
         "triton": _everywhere(_STREAMED, cuda=_TRITON),
         # NVIDIA's library, where it has a kernel for the operation.
-        "cuequivariance": _everywhere(_STREAMED, cuda=_CUEQUIVARIANCE),
+        "cuequivariance": _everywhere(
+            _STREAMED, cuda={**_CUEQUIVARIANCE, "invariant_point_attention": ("cuequivariance",)}
+        ),
     }
 )
 

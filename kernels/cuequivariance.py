@@ -63,3 +63,20 @@ def against_attention(request: Request) -> list[Reason]:
             )
         )
     return reasons
+
+
+def check_backward(dtype: torch.dtype, grad: bool) -> None:
+    """Refuse what its attention would round without being asked.
+
+    Args:
+        dtype: The type of the queries.
+        grad: Whether a backward pass may follow.
+
+    Raises:
+        RuntimeError: It would compute in tf32, which PyTorch forbids.
+    """
+    if grad and dtype is torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+        raise RuntimeError(
+            "cuEquivariance's float32 backward pass of attention computes in tf32, which PyTorch forbids here: set "
+            "torch.backends.cuda.matmul.allow_tf32 = True, or use bfloat16 or kernel 'torch'"
+        )

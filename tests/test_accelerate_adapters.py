@@ -15,6 +15,7 @@ import foldkernels
 from foldkernels.compat.accelerate import recognise, recognition, verification
 from foldkernels.compat.accelerate.adapters import adapters, fair_esm_attention
 from foldkernels.compat.accelerate.replacement import Candidate
+from foldkernels.modules.pairformer import PairformerLayer
 
 from .support.foreign import boltz, esm, openfold
 from .support.foreign.frames import random_rigid
@@ -30,6 +31,25 @@ class _Genie(openfold._TriangleAttention):
 class _Vendored(openfold._TriangleMultiplication):
     def forward(self, z: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         return self._update(z, mask)
+
+
+class _VendoredIncoming(_Vendored):
+    """As Multiflow's and FrameFlow's OpenFold has it: `_outgoing` is True, and the class has a product of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(outgoing=True)
+
+    def _update(self, z: Tensor, mask: Tensor | None) -> Tensor:
+        self._outgoing = False
+        try:
+            return super()._update(z, mask)
+        finally:
+            self._outgoing = True
+
+
+def _own_product(module: nn.Module) -> nn.Module:
+    type(module)._combine_projections = None  # type: ignore[attr-defined]
+    return module
 
 
 def _as(name: str, module: nn.Module) -> nn.Module:
@@ -79,6 +99,11 @@ FORMS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     ),
     "vendored multiplication": (
         lambda: _as("TriangleMultiplicationOutgoing", _Vendored(outgoing=True)),
+        "openfold_triangle_multiplication",
+        "OpenFold as vendored",
+    ),
+    "vendored multiplication, incoming": (
+        lambda: _own_product(_as("TriangleMultiplicationIncoming", _VendoredIncoming())),
         "openfold_triangle_multiplication",
         "OpenFold as vendored",
     ),
@@ -461,6 +486,16 @@ def test_an_implementation_that_is_chosen_later_is_honoured() -> None:
 # --------------------------------------------------------------------------------------------------- what is declined
 
 
+def test_this_packages_own_layers_need_nothing_although_they_have_the_names() -> None:
+    model = PairformerLayer(16, 16, num_heads=2)
+    foldkernels.bind(model, "reference")
+    report = foldkernels.accelerate(model)
+    assert report.replaced == () and report.misses == ()
+    assert {entry.status for entry in report.entries} == {"needs nothing"} and len(report.entries) == 5
+    assert foldkernels.restore(model) == 0
+    assert model.tri_mul_out.kernel_config == model.attention.kernel_config != ""
+
+
 def _changed(make: Callable[[], nn.Module], **attributes: Any) -> nn.Module:
     module = make()
     for name, value in attributes.items():
@@ -493,6 +528,7 @@ class _OpenFold3(openfold.TriangleMultiplicationOutgoing):
             "its linear has a precision of its own",
         ),
         (_changed(openfold.TriangleMultiplicationOutgoing, _outgoing=None), "`_outgoing`"),
+        (_changed(openfold.TriangleMultiplicationIncoming, _outgoing=True), "do not agree"),
         (_changed(openfold.TriangleMultiplicationOutgoing, c_z=13), "its attributes say others"),
         (_as("TriangleMultiplicationOutgoing", _OpenFold3()), "its forward takes (z, mask=, inplace_safe=, use_cueq=)"),
         (_changed(openfold.InvariantPointAttention, is_multimer=True), "whether it is the multimer's cannot be told"),

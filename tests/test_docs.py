@@ -31,7 +31,7 @@ def test_every_link_to_a_page_leads_somewhere(root):
     links = [
         (page, link)
         for page in (root / "docs").rglob("*.md")
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+        for link in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text(encoding="utf-8"))
     ]
     assert links
     assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -218,3 +220,56 @@ def test_what_an_item_raises_is_its_answer():
     assert "no kernel 'nobody'" in found.get("skipped", "")
     found = worker.answer(worker.Worker("cpu", True), Item("time", "operation.nothing", "torch", "float32", length=4))
     assert found["raised"].startswith("KeyError") and asdict(Item("time"))["what"] == "time"
+
+
+class Event:
+    """A CUDA event by the clock."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1e3 * (other.at - self.at)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """A worker that takes the CPU for a GPU of 80 GiB: what it asks of CUDA is answered by stand-ins."""
+    about = SimpleNamespace(
+        total_memory=80 * 2**30, major=9, minor=0, multi_processor_count=132, L2_cache_size=50_000_000
+    )
+    shares: list[float] = []
+    answers: dict[str, Any] = {
+        "Event": Event, "synchronize": lambda: None, "empty_cache": lambda: None, "memory_allocated": lambda: 1_000_000,
+        "reset_peak_memory_stats": lambda: None, "max_memory_allocated": lambda: 3_000_000,
+        "get_device_properties": lambda _: about, "set_per_process_memory_fraction": shares.append,
+    }  # fmt: skip
+    for name, stand_in in answers.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(worker, "FLUSHED", 16)
+    made = worker.Worker("cpu", True)
+    made.cuda, made.shares = True, shares
+    return made
+
+
+def test_what_is_asked_of_a_gpu(on_a_gpu, monkeypatch):
+    """Times by events, memory by the allocator, the longest chain under a smaller GPU's share."""
+    found = on_a_gpu.do(Item("time", "operation.edge_transition", "torch", "float32", "step", 8))
+    assert found["ms"] > 0 and found["peak_mb"] == 2.0 and found["resident_mb"] == 1.0
+    assert on_a_gpu._gpu()["capability"] == "9.0"
+    real, lengths = on_a_gpu._once, []
+
+    def once(item: Any, length: int) -> None:
+        lengths.append(length)
+        if length > 12:
+            raise torch.cuda.OutOfMemoryError("as told")
+        real(item, length)
+
+    monkeypatch.setattr(on_a_gpu, "_once", once)
+    item = Item("longest", "operation.edge_transition", "torch", "float32", "forward", 14, gib=40.0)
+    assert on_a_gpu.do(item) == {"longest": 12, "tried": [14, 13, 12]} and lengths == [14, 13, 12]
+    assert on_a_gpu.shares == [0.5, 1.0]
+    assert worker.answer(on_a_gpu, replace(item, length=99))["raised"].startswith("none of [99, 94, ")

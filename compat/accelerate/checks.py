@@ -13,6 +13,11 @@ from .recognition import Declined
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def is_ours(module: nn.Module) -> bool:
+    """Whether the module's class is this package's own: several have the names and parameters of others'."""
+    return type(module).__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
 def require_untouched(module: nn.Module) -> None:
     """Nobody has changed how the module, or one inside it, runs: a new forward would go past that.
 

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from ...configs.resolve import resolve_kernel
-from ...kernels.binding import BindReport, bind_modules, place_of
+from ...kernels.binding import Bindable, BindReport, bind_modules, place_of
 from ...kernels.registry import token
 from .adapters import adapters
-from .checks import require_untouched
+from .checks import is_ours, require_untouched
 from .misses import nearest_misses
 from .recognition import Adapter, Declined, Recognised
 from .replacement import Candidate, is_replaced, put_back
@@ -153,6 +153,12 @@ def _walk(model: nn.Module, known: Mapping[str, Adapter]) -> Iterator[tuple[str,
         if needless:
             inside += (f"{name}." if name else "",)
             yield name, module, Entry(name, kind, "needs nothing", reason=needless), None
+            continue
+        if is_ours(module):
+            if isinstance(module, Bindable):
+                inside += (f"{name}." if name else "",)
+                reason = "it calls this package's kernels already; bind() chooses them"
+                yield name, module, Entry(name, kind, "needs nothing", reason=reason), None
             continue
         if is_replaced(module):
             reason = "an earlier call; bind() changes its kernel"

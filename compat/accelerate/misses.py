@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from .checks import is_ours
 from .recognition import Adapter
 from .report import Miss
 
@@ -18,6 +19,8 @@ def nearest_misses(model: nn.Module, known: Mapping[str, Adapter]) -> tuple[Miss
     """The modules of unknown classes that look most like what an adapter knows, one of each class, nearest first."""
     best: dict[str, tuple[float, Miss]] = {}
     for name, module in model.named_modules():
+        if is_ours(module):
+            continue
         for share, miss in _near(name, module, known):
             kind = type(module).__name__
             if kind not in best or share > best[kind][0]:

@@ -106,4 +106,4 @@ def _accelerating(
 
 
 def _set_init(kind: type[nn.Module], init: Callable[..., None]) -> None:
-    kind.__init__ = init  # type: ignore[method-assign,assignment]
+    kind.__init__ = init  # type: ignore[method-assign]

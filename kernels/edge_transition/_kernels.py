@@ -111,7 +111,7 @@ def tile_kernel(  # type: ignore[no-untyped-def]
         part = first_part(z_tile, w_first, first_i, first_j, i, j, there, k, Z, PART, HIDDEN, PRECISION, INTERPRETED)
         if BACKWARD:
             keep(h_first, part, pair, there, k * PART + of_part, HIDDEN)
-        parts = parts + (part,)  # noqa: RUF005 - Triton knows no unpacking
+        parts = parts + (part,)  # type: ignore[assignment] # noqa: RUF005 - Triton knows no unpacking
     sums = tl.zeros([I * J, OUT], tl.float32)
     for start in range(0, HIDDEN, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -190,7 +190,7 @@ def gradients_kernel(  # type: ignore[no-untyped-def]
     parts = ()
     for k in tl.static_range(PARTS):
         part = second_part(d_tile, w_out, h_second, d_second, pair, there, k, OUT, PART, HIDDEN, PRECISION, INTERPRETED)
-        parts = parts + (part,)  # noqa: RUF005 - Triton knows no unpacking
+        parts = parts + (part,)  # type: ignore[assignment] # noqa: RUF005 - Triton knows no unpacking
     sums = tl.zeros([I * J, Z], tl.float32)
     for start in range(0, HIDDEN, BLOCK):
         columns = start + tl.arange(0, BLOCK)

@@ -121,7 +121,7 @@ def edge_transition_triton(z: Tensor, parts: list[Tensor], mask: Tensor | None, 
     weights = call.transposed()
     nothing = (out,) * 5
     for item in range(call.b if call.n else 0):
-        call.update("forward", item, slice(0, call.n), weights, out[item], out[item], nothing)  # type: ignore[arg-type]
+        call.update("forward", item, slice(0, call.n), weights, out[item], out[item], nothing)
     return out
 
 

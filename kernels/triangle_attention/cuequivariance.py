@@ -2,14 +2,14 @@
 
 from types import ModuleType
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..cuequivariance import ATTENTION_THRESHOLDS, NEEDS, against_attention
+from ..cuequivariance import ATTENTION_THRESHOLDS, NEEDS, against_attention, check_backward
 from ..machine import imported
 from ..registry import register
 from ..requests import KernelFunction
+from ..tensors import any_requires_grad
 
 library: ModuleType
 
@@ -35,12 +35,7 @@ def attend(
     mask: Bool[Tensor, "b n j"] | None,
 ) -> Float[Tensor, "b n h i d"]:
     """Call the library's triangle attention; a row without keys gets zeros and passes no gradient."""
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias))
-    if grad and q.dtype is torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
-        raise RuntimeError(
-            "cuEquivariance's float32 backward pass of attention computes in tf32, which PyTorch forbids here: set "
-            "torch.backends.cuda.matmul.allow_tf32 = True, or use bfloat16 or kernel 'torch'"
-        )
+    check_backward(q.dtype, any_requires_grad(q, k, v, bias))
     keys, empty = None, None
     if mask is not None:
         # What the library makes of a row without keys is not said: it gets one with all of them, and loses it again.

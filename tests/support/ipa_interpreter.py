@@ -26,6 +26,7 @@ from triton.runtime import interpreter
 from foldkernels.kernels import registry
 from foldkernels.kernels.custom import NoDoubleBackward
 from foldkernels.kernels.invariant_point_attention import _launch
+from foldkernels.kernels.invariant_point_attention import _tiles as tiles
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 from tests import kernel_cases as cases
@@ -48,7 +49,8 @@ def allow_the_cpu() -> None:
 
 def plan(case: Mapping[str, Any]) -> None:
     """Have the launcher run in a given way, so that few residues are several tiles."""
-    found = _launch.Plan(**{name: case[name] for name in _launch.Plan._fields})
+    wide = case["sizes"][-1] > tiles.CHUNK or case["chunks"] == 2
+    found = _launch.Plan(**{name: case[name] for name in _launch.Plan._fields[:-1]}, chunks=2 if wide else 1)
     _launch.plans_for = lambda capability, kernel, dtype, **sizes: [found]
     _launch._PROGRAMS, _launch._FEWEST_BLOCKS = case["programs"], 1
 

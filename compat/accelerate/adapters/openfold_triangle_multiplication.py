@@ -42,6 +42,8 @@ class OpenFoldTriangleMultiplication(Adapter):
         layer: Any = module
         if not isinstance(getattr(module, "_outgoing", None), bool):
             raise Declined("it does not say whether it is `_outgoing`")
+        if _direction(module) is None:
+            raise Declined(f"its name and its `_outgoing`, which is {layer._outgoing}, do not agree")
         fused = hasattr(module, "linear_ab_p")
         packed = ("linear_ab_p", "linear_ab_g") if fused else ("linear_a_p", "linear_a_g", "linear_b_p", "linear_b_g")
         linears = (*packed, "linear_g", "linear_z")
@@ -135,11 +137,26 @@ def _update(layer: Any, z: Tensor, mask: Tensor | None) -> Tensor:
         p_out_bias=layer.linear_z.bias,
         g_out_bias=layer.linear_g.bias,
     )
-    direction: Direction = "outgoing" if layer._outgoing else "incoming"
+    direction = _direction(layer)
+    assert direction is not None  # recognised
     update = triangle_multiplication(
         pairs, allowed, weights, direction, eps=layer.layer_norm_in.eps, config=layer.kernel_config
     )
     return update.reshape(z.shape)
+
+
+def _direction(layer: Any) -> Direction | None:
+    """Which edges; None where that cannot be told.
+
+    What Multiflow and FrameFlow keep of OpenFold always says `_outgoing`: there each class has a product of its own,
+    and the name counts.
+    """
+    kind = type(layer)
+    said: Direction = "outgoing" if layer._outgoing else "incoming"
+    named: Direction = said
+    if kind.__name__.endswith(("Outgoing", "Incoming")):
+        named = "outgoing" if kind.__name__.endswith("Outgoing") else "incoming"
+    return named if named == said or "_combine_projections" in vars(kind) else None
 
 
 def _joined(*layers: Any) -> tuple[Tensor, Tensor | None]:

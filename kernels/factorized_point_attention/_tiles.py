@@ -1,0 +1,87 @@
+"""How large a tile each Triton kernel of factorised point attention takes on each chip, and whom it serves.
+
+Data only, and no Triton: the choice for an H100 is made, and tested, anywhere.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from ..chips import reasons_against_chip, reasons_against_type
+from ..requests import Reason, Request
+
+
+class Tile(NamedTuple):
+    """A program's share of the logits, the columns that it sums up or multiplies at once, and how it is run."""
+
+    queries: int
+    keys: int
+    columns: int
+    warps: int
+    stages: int
+
+
+KERNELS = ("forward", "queries", "keys", "values")
+
+SMALL, LARGE = "8.x and 12.x", "9.0 and 10.x"
+EXACT, HALF = "float32", "16 bits"
+
+_EXACT = (Tile(16, 32, 32, 4, 2),) * 4
+_SMALL = (Tile(32, 32, 128, 4, 2), Tile(16, 32, 64, 4, 2), Tile(32, 32, 64, 4, 2), Tile(32, 32, 128, 4, 2))
+_LARGE = (Tile(64, 32, 128, 8, 2), *_SMALL[1:])
+
+#: Chips, then type -> the tiles of `KERNELS`. Chosen by registers, spills and shared memory of the published size as
+#: compiled ahead of time; nothing has been timed. `queries` of 32 rows would spill 200 to 400 bytes in 16 bits.
+TILES: Mapping[str, Mapping[str, tuple[Tile, ...]]] = {
+    SMALL: {HALF: _SMALL, EXACT: _EXACT},
+    LARGE: {HALF: _LARGE, EXACT: _EXACT},
+}
+
+_TYPES = {torch.float32: EXACT, torch.bfloat16: HALF, torch.float16: HALF}
+
+#: The least that a matrix product adds up.
+_LEAST = 16
+#: Float32 columns of a tile: three for each point, and the rank of the bias.
+_FEATURES = 64
+
+
+def width(columns: int) -> int:
+    """How wide a tile of so many columns is: Triton's are as wide as a power of two."""
+    return max(_LEAST, 1 << (columns - 1).bit_length()) if columns else _LEAST
+
+
+def chunks(columns: int, tile: Tile) -> tuple[int, int]:
+    """The width of a tile's columns, and how many tiles hold all of them."""
+    wide = min(width(columns), tile.columns)
+    return wide, max(1, -(-columns // wide))
+
+
+def tile_for(capability: tuple[int, int] | None, kernel: str, dtype: torch.dtype) -> Tile:
+    """The tile of one of `KERNELS` on a chip; None is AMD's."""
+    large = capability is not None and (9, 0) <= capability < (12, 0)
+    return TILES[LARGE if large else SMALL][_TYPES[dtype]][KERNELS.index(kernel)]
+
+
+def reasons_against(request: Request) -> list[Reason]:
+    """Every reason against `request`. Channels, points of values, and the pair's width and rank have no limit."""
+    reasons = reasons_against_chip(request)
+    if request.device != "cuda":
+        return reasons
+    reasons += reasons_against_type(request)
+    if request.capability is None:
+        reasons.append(Reason("its products of float32 points are NVIDIA's", "use kernel 'torch'"))
+    if "plain_lifting" in request.options:
+        reasons.append(
+            Reason("it lifts nothing, and so cannot round as FlashIPA does", "use lifting='precise' or kernel 'torch'")
+        )
+    features = 3 * request.dims["p"] + (request.dims["r"] if "bias_factors" in request.options else 0)
+    for what, columns in (("query points and rank", features), ("value points", 3 * request.dims["pv"])):
+        if columns > _FEATURES:
+            reasons.append(
+                Reason(
+                    f"{what} are {columns} columns of float32, and {_FEATURES} is its limit",
+                    "use kernel 'torch', which has none",
+                )
+            )
+    return reasons

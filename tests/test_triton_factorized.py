@@ -1,0 +1,175 @@
+"""The Triton factorised point attention: its numbers in Triton's interpreter, its code for four chips, its limits.
+
+No GPU is needed, and none is used: what a chip makes of that code, and how fast, is for the contract test on a GPU.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from foldkernels.kernels import registry
+from foldkernels.kernels.chips import shared_memory
+from foldkernels.kernels.factorized_point_attention import _tiles as tiles
+
+from .support.triton_tools import CHIPS, Ask, interpreter, right, slow, usage, with_triton, wrong
+
+PLAIN: dict[str, Any] = {
+    "b": 1, "n": 7, "h": 2, "c": 4, "p": 2, "pv": 3, "r": 2, "cp": 3,
+    "bias": True, "pair": True, "masked": False, "away": 0.0, "dtype": "float32", "layout": "plain", "fault": "",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Ask]:
+    with interpreter(Path(__file__).parent / "support" / "factorized_interpreter.py", PLAIN) as found:
+        yield found
+
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+
+@with_triton
+@pytest.mark.parametrize("n", [1, 7, 33, *slow(2, 16, 17, 31, 65, 100)])
+def test_lengths(ask, n):
+    right(ask(n=n))
+
+
+@with_triton
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_masks(ask, dtype):
+    """Holes, an item that ends in the first of two tiles, an empty one: zeros, and no gradient, where nobody is.
+
+    Every run gives the same bits.
+    """
+    found = ask(b=3, n=40, masked=True, dtype=dtype, h=1, twice=True)
+    right(found)
+    assert all(x["same"] for x in found.values() if isinstance(x, dict))
+    assert {x["dtype"] for name, x in found.items() if name in ("out 0", "out 2", "d_k")} == {f"torch.{dtype}"}
+    assert found["out 1"]["dtype"] == found["d_q_points"]["dtype"] == "torch.float32"
+
+
+@with_triton
+@pytest.mark.parametrize(("bias", "pair"), [(True, False), (False, True), (False, False)])
+def test_without_factors(ask, bias, pair):
+    right(ask(bias=bias, pair=pair, layout="spread"))
+
+
+@with_triton
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_wider_than_256(ask, dtype):
+    """c_hidden 256, rank 4, 12 value points and c_z 128: several tiles of columns, of queries and of values."""
+    right(ask(c=256, r=4, cp=32, p=8, pv=12, h=1, n=18, dtype=dtype))
+
+
+@with_triton
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_points_are_never_in_16_bits(ask, dtype):
+    """100 nm from the origin, the attended points are right to a hundredth of what 16 bits hold."""
+    found = ask(n=17, away=100.0, dtype=dtype, pair=False)
+    right(found)
+    assert found["out 1"]["error"] < 0.5 / 100
+
+
+@with_triton
+@pytest.mark.parametrize("fault", ["swapped factors", "lost weight"])
+def test_the_comparison_sees_a_mistake(ask, fault):
+    seen = " ".join(wrong(ask(fault=fault, dtype="bfloat16")))
+    assert all(name in seen for name in ("out 0", "out 1", "out 2", "d_q:", "d_k_points", "d_v:")), seen
+
+
+@with_triton
+def test_the_operator_is_one(ask):
+    found = ask(operators=True, n=5)
+    assert set(found["opcheck"].values()) == {"SUCCESS"}, found["opcheck"]
+    assert "factorized_point_attention: the kernel 'triton' has no second derivative" in found["twice"]
+
+
+# Code for each chip ---------------------------------------------------------------------------------------------------
+
+TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+#: Bytes of stack that ptxas may use where registers run out; 24 is the most that was seen (`keys`, sm_90).
+STACK = 64
+
+
+def compiled(target: Any, capability: tuple[int, int], kernel: str, dtype: str, points: bool) -> Any:
+    """A kernel's code for FlashIPA's published size, with the tile that `capability` takes."""
+    import triton
+    from triton.compiler import ASTSource
+
+    from foldkernels.kernels.factorized_point_attention._triton import KERNELS
+
+    function, tile = KERNELS[kernel], tiles.tile_for(capability, kernel, TYPES[dtype])
+    c, dv, features, points_of_values = 128, 128 + 2 * 32, 3 * 8 + 2, 3 * 12
+    (of_c, c_chunks), (of_v, v_chunks) = tiles.chunks(c, tile), tiles.chunks(dv, tile)
+    constants = {"C": c, "CW": of_c, "CHUNKS": c_chunks, "F": features, "FW": tiles.width(features)}
+    constants |= {"DV": dv, "VW": of_v, "VCHUNKS": v_chunks, "PV": points_of_values}
+    constants |= {"PW": tiles.width(points_of_values), "I": tile.queries, "J": tile.keys, "POINTS": points}
+    constants |= {"PRECISION": "ieee", "WIDE_PRECISION": "ieee" if dtype == "fp32" else "tf32x3", "INTERPRETED": False}
+    data = dict.fromkeys(("q", "k", "v", "d_out", "d_q", "d_k", "d_v"), f"*{dtype}")
+    wide = "qf kf kb vf out out_f lse delta d_points d_qf d_kf d_kb d_vf".split()
+    types = {**data, **dict.fromkeys(wide, "*fp32"), "ends": "*i32", "scale": "fp32"}
+    types |= dict.fromkeys(constants, "constexpr")
+    names = function.arg_names
+    # Pointers and the strides of 16-bit data are multiples of 16; those of 26 or 36 columns are not.
+    odd = ("heads", "n", "first", "scale", *constants)
+    odd_strides = tuple(f"{name}_" for name in (*wide, "d_points"))
+    whole = [i for i, name in enumerate(names) if name not in odd and not name.startswith(odd_strides)]
+    source = ASTSource(
+        function,
+        {name: types.get(name, "i32") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in whole},
+    )
+    return triton.compile(source, target=target, options={"num_warps": tile.warps, "num_stages": tile.stages})
+
+
+def _cases() -> Iterator[Any]:
+    for arch in CHIPS:
+        for dtype, kernel in ((dtype, kernel) for dtype in TYPES for kernel in tiles.KERNELS):
+            quick = (arch, dtype, kernel) == (80, "bf16", "forward")
+            yield pytest.param(
+                arch, dtype, kernel, id=f"sm_{arch}-{dtype}-{kernel}", marks=[] if quick else [pytest.mark.slow]
+            )
+
+
+@with_triton
+@pytest.mark.parametrize(("arch", "dtype", "kernel"), [*_cases()])
+def test_it_compiles_and_fits(arch, dtype, kernel, tmp_path):
+    """Within the chip's shared memory; 16 bits and points on the tensor cores, float32 never rounded to tf32."""
+    from triton.backends.compiler import GPUTarget
+
+    code = compiled(GPUTarget("cuda", arch, 32), CHIPS[arch], kernel, dtype, True)
+    used = usage(code, tmp_path)
+    print(f"sm_{arch} {dtype} {kernel}: {used}")
+    assert used.shared <= shared_memory(CHIPS[arch])
+    assert used.stack <= STACK
+    products = re.findall(r"mma\.(?:m16n8|sync)|wgmma\.mma_async|tcgen05\.mma", code.asm["ptx"])
+    assert bool(products) == (dtype == "bf16"), "the products are not where they should be"
+    assert ("tf32" in code.asm["ptx"]) == (dtype == "bf16")
+
+
+# Whom it serves -------------------------------------------------------------------------------------------------------
+
+
+def _why(options: tuple[str, ...] = ("bias_factors", "pair_factors"), **more: Any) -> str:
+    sizes = {"h": 8, "c": 128, "p": 8, "pv": 12, "r": 2, "cp": 32}
+    dims = registry.Dims({"n": 0, **{name: more.pop(name, size) for name, size in sizes.items()}})
+    fields = {"device": "cuda", "capability": (9, 0), "dtype": torch.bfloat16, **more}
+    request = registry.Request(operation="factorized_point_attention", dims=dims, options=frozenset(options), **fields)
+    return "; ".join(map(str, registry.kernels("factorized_point_attention")["triton"].supports(request)))
+
+
+def test_what_it_refuses():
+    assert not _why()
+    assert not _why(capability=(8, 0), dtype=torch.float32, c=512, r=16, cp=128, grad=True, deterministic=True)
+    assert "7.5" in _why(capability=(7, 5))
+    assert "NVIDIA's" in _why(capability=None)
+    assert "float64" in _why(dtype=torch.float64)
+    assert "not on cpu" in _why(device="cpu", capability=None)
+    assert "cannot round as FlashIPA does" in _why(options=("plain_lifting",))
+    assert "66 columns of float32, and 64 is its limit" in _why(pv=22)
+    assert "kernel 'torch', which has none" in _why(p=21)
