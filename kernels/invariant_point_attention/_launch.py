@@ -135,11 +135,20 @@ class _Call:
 
     def logits(self) -> Float[Tensor, "b h n padded"]:
         """The scalar and point part of the logits, in memory."""
-        out = self.q.new_empty(self.b, self.h, self.n, self.padded)
-        k = torch.cat([self.k, self.norm[..., None]], -1).transpose(-1, -2)
-        ones = self.q.clone()
-        ones[..., -1] = 1.0
-        out[..., : self.n] = ones @ k
+        return self.of_pairs(self.queries_and_ones(), torch.cat([self.k, self.norm[..., None]], -1))
+
+    def of_pairs(self, queries: Tensor, keys: Tensor) -> Float[Tensor, "b h n padded"]:
+        """All inner products; zeros beyond the keys."""
+        out = queries.new_empty(self.b, self.h, self.n, self.padded)
+        out[..., self.n :] = 0.0
+        transposed = keys.flatten(0, 1).transpose(1, 2)
+        torch.bmm(queries.flatten(0, 1), transposed, out=out.flatten(0, 1)[..., : self.n])
+        return out
+
+    def queries_and_ones(self) -> Float[Tensor, "b h n d"]:
+        """Lifted queries as they were given, where they are there."""
+        out = self.q.clone()
+        out[..., -1] = 1.0
         return out
 
     def launch(self, kernel: str, plan: Plan, programs: int, *arguments: Any) -> None:
@@ -152,9 +161,10 @@ class _Call:
                 *arguments,
                 *strides,
                 self.b, self.n, self.padded, each,
-                H=self.h, HW=self.head_width(plan), CZ=self.cz, CZW=width(self.cz),
+                H=self.h, HW=self.head_width(plan), CZ=self.cz, CZW=width(self.cz) // plan.chunks,
                 D=d, DW=width(d), DV=dv, DVW=width(dv),
-                I=plan.queries, J=plan.keys, TERMS=2 if self.halves else 1, NEVER=NEVER,
+                I=plan.queries, J=plan.keys, TERMS=2 if self.halves else 1,
+                CHUNKS=plan.chunks, NEVER=NEVER,
                 FUSED=plan.fused, MASKED=self.pair_mask is not None,
                 PRECISION=self.precision, INTERPRETED=INTERPRETED,
                 num_warps=plan.warps, num_stages=plan.stages,
@@ -275,10 +285,7 @@ def _backward_as(
         asked_scale = asked_scale.contiguous()
         operands = (queries, scale, call.keys(), call.key_bias(), asked, asked_scale, call.values(), nothing, nothing)
     else:
-        d_weights = q.new_empty(call.b, call.h, call.n, call.padded)
-        d_weights[..., : call.n] = d_out @ call.v.transpose(-1, -2)
-        d_weights[..., call.n :] = 0.0
-        operands = (*(nothing,) * 7, call.logits(), d_weights)
+        operands = (*(nothing,) * 7, call.logits(), call.of_pairs(d_out, call.v))
     parts, _ = call.parts(plan)
     programs = parts * call.b * -(-call.n // plan.queries)
     d_weight = q.new_empty(programs, wide, call.cz)
@@ -290,8 +297,7 @@ def _backward_as(
     # The rest, in matrix products. A query's d_logits should add up to zero. What `delta`, made of rounded outputs,
     # left over is taken off in proportion to the weights, as an exact one would have: excess * weights.
     over = excess.sum(0)
-    ones = call.q.clone()  # whose last column gives the gradient of the keys' norms
-    ones[..., -1] = 1.0
+    ones = call.queries_and_ones()  # whose last column gives the gradient of the keys' norms
     weights, d_logits = weights[..., : call.n], d_logits[..., : call.n]
     of_keys = _matrix_product(weights.transpose(-1, -2), torch.cat([d_out, ones * over[..., None]], -1))
     d_v = of_keys[..., : call.dv].contiguous()

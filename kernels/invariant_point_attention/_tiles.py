@@ -22,6 +22,7 @@ class Plan(NamedTuple):
         heads: How many heads a tile has, real or not.
         warps: Warps of a program.
         stages: Tiles of z that are under way.
+        chunks: In how many parts the channels of a tile come.
     """
 
     fused: bool
@@ -30,12 +31,16 @@ class Plan(NamedTuple):
     heads: int
     warps: int
     stages: int
+    chunks: int = 1
 
 
 #: The widest lifted head, without its norm, that is served by computing all of the logits in the kernel.
 FUSED_WIDTH = 64
-#: Heads and channels of tiles. More heads than a tile has are served in groups, for each of which z is loaded.
-HEADS, CHANNELS = (8,), (128,)
+#: Heads and channels of tiles, together: what a thread's registers hold.
+CELLS = ((8, 128), (16, 128), (8, 256))
+CHANNELS = max(channels for _, channels in CELLS)
+#: Channels of z beyond which a tile takes them in two parts.
+CHUNK = 128
 FORWARD, BACKWARD = "forward", "backward"
 EXACT, HALF = "float32", "16 bits"
 FUSED, WIDE = True, False
@@ -49,38 +54,42 @@ Variant = tuple[str, str, bool]
 TABLE: Mapping[int, Mapping[Variant, Mapping[tuple[int, int], Tile]]] = {
     166_912: {
         (FORWARD, HALF, FUSED): {(8, 128): (8, 16, 8, 2)},
-        (FORWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3)},
-        (FORWARD, EXACT, WIDE): {(8, 128): (4, 16, 8, 3)},
+        (FORWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3), (16, 128): (4, 16, 8, 3), (8, 256): (4, 16, 8, 3)},
+        (FORWARD, EXACT, WIDE): {(8, 128): (4, 16, 8, 3), (16, 128): (2, 16, 8, 2), (8, 256): (2, 16, 8, 2)},
         (BACKWARD, HALF, FUSED): {(8, 128): (4, 16, 8, 2)},
-        (BACKWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 2)},
-        (BACKWARD, EXACT, WIDE): {(8, 128): (2, 16, 8, 2)},
+        (BACKWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 2), (16, 128): (4, 16, 8, 2), (8, 256): (4, 16, 8, 2)},
+        (BACKWARD, EXACT, WIDE): {(8, 128): (2, 16, 8, 2), (16, 128): (1, 16, 8, 2), (8, 256): (1, 16, 8, 2)},
     },
     101_376: {
         (FORWARD, HALF, FUSED): {(8, 128): (4, 16, 8, 2)},
-        (FORWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3)},
-        (FORWARD, EXACT, WIDE): {(8, 128): (4, 16, 8, 2)},
-        (BACKWARD, HALF, WIDE): {(8, 128): (4, 16, 8, 2)},
-        (BACKWARD, EXACT, WIDE): {(8, 128): (2, 16, 8, 2)},
+        (FORWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3), (16, 128): (4, 16, 8, 3), (8, 256): (4, 16, 8, 3)},
+        (FORWARD, EXACT, WIDE): {(8, 128): (4, 16, 8, 2), (16, 128): (2, 16, 8, 2), (8, 256): (2, 16, 8, 2)},
+        (BACKWARD, HALF, WIDE): {(8, 128): (4, 16, 8, 2), (16, 128): (4, 16, 8, 2), (8, 256): (2, 16, 8, 2)},
+        (BACKWARD, EXACT, WIDE): {(8, 128): (2, 16, 8, 2), (16, 128): (1, 16, 8, 2), (8, 256): (1, 16, 8, 2)},
     },
     232_448: {
         (FORWARD, HALF, FUSED): {(8, 128): (8, 16, 8, 3)},
-        (FORWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3)},
-        (FORWARD, EXACT, WIDE): {(8, 128): (4, 16, 8, 3)},
+        (FORWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3), (16, 128): (4, 16, 8, 3), (8, 256): (4, 16, 8, 3)},
+        (FORWARD, EXACT, WIDE): {(8, 128): (4, 16, 8, 3), (16, 128): (2, 16, 8, 2), (8, 256): (2, 16, 8, 2)},
         (BACKWARD, HALF, FUSED): {(8, 128): (8, 16, 8, 2)},
-        (BACKWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3)},
-        (BACKWARD, EXACT, WIDE): {(8, 128): (2, 16, 8, 2)},
+        (BACKWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3), (16, 128): (4, 16, 8, 2), (8, 256): (4, 16, 8, 2)},
+        (BACKWARD, EXACT, WIDE): {(8, 128): (2, 16, 8, 2), (16, 128): (1, 16, 8, 2), (8, 256): (1, 16, 8, 2)},
     },
 }
-
 
 def width(size: int, least: int = 16) -> int:
     """How wide a tile is for `size` columns: a power of two."""
     return max(least, 1 << (size - 1).bit_length())
 
 
+def heads_at_once(cz: int) -> int:
+    """How many heads a tile may have. More are served in groups, for each of which z is loaded."""
+    return max((heads for heads, channels in CELLS if cz <= channels), default=0)
+
+
 def _cell(h: int, cz: int) -> tuple[int, int]:
-    """The heads and channels of the table that hold so many; zeros where none do."""
-    return next((x for x in HEADS if h <= x), 0), next((x for x in CHANNELS if cz <= x), 0)
+    """The smallest heads and channels of the table that hold so many; zeros where none do."""
+    return next((cell for cell in CELLS if h <= cell[0] and cz <= cell[1]), (0, 0))
 
 
 def _type(dtype: torch.dtype) -> str:
@@ -111,7 +120,7 @@ def plans_for(
         tile = table.get((kernel, _type(dtype), way), {}).get(cell)
         if tile is not None and (way is WIDE or max(d, dv) <= FUSED_WIDTH):
             queries, keys, warps, stages = tile
-            found.append(Plan(way, queries, keys, cell[0], warps, stages))
+            found.append(Plan(way, queries, keys, cell[0], warps, stages, max(1, cell[1] // CHUNK)))
     if not found:
         raise ValueError(f"the Triton kernels have no tile for {h} heads and pairs of {cz} in {dtype}")
     first = found[0]
@@ -131,9 +140,10 @@ def reasons_against(request: Request) -> list[Reason]:
     if request.capability is None:
         why = "AMD's compiler makes plain multiply-adds of its products, with hundreds of registers spilled"
         return [*reasons, Reason(why, "use kernel 'torch'")]
-    h, cz = min(request.dims["h"], HEADS[-1]), request.dims["cz"]
-    if cz > CHANNELS[-1]:
-        reasons.append(Reason(f"pairs of {cz} take too much shared memory: {CHANNELS[-1]} is the limit"))
+    cz = request.dims["cz"]
+    h = min(request.dims["h"], heads_at_once(cz))
+    if cz > CHANNELS:
+        reasons.append(Reason(f"pairs of {cz} take too much shared memory: {CHANNELS} is the limit"))
     if not reasons and (kernel := _without_tile(request)):
         why = f"{h} heads and pairs of {cz} take more shared memory in the {kernel} pass than this GPU has for a block"
         reasons.append(Reason(f"{why} ({shared_memory(request.capability):,} bytes)"))
@@ -143,7 +153,8 @@ def reasons_against(request: Request) -> list[Reason]:
 def _without_tile(request: Request) -> str:
     """A pass that has no tile; empty where all have one. z may be narrower than the rest."""
     table = TABLE.get(shared_memory(request.capability), {})
-    cell = _cell(min(request.dims["h"], HEADS[-1]), request.dims["cz"])
+    cz = request.dims["cz"]
+    cell = _cell(min(request.dims["h"], heads_at_once(cz)), cz)
     types = {HALF, _type(request.dtype)}
     passes = (FORWARD, BACKWARD) if request.grad else (FORWARD,)
     return next((kernel for kernel in passes for z in types if cell not in table.get((kernel, z, WIDE), {})), "")

@@ -10,7 +10,8 @@ which `FUSED` tells apart: computed here from queries and keys, or read from mem
 The second serves heads too wide for the first.
 
 Tiles of logits are laid out [queries, keys, heads], as the product with z leaves them. Triton's tiles are as wide as a
-power of two: heads and channels beyond the real ones are zeros that are not read. Offsets are 64 bits wide.
+power of two: heads and channels beyond the real ones are zeros that are not read. Where z is wide its channels come in
+two chunks, because a product's operands stand in registers. Offsets are 64 bits wide.
 """
 
 # ruff: noqa: E741 - I and J are the numbers of queries and keys in a tile
@@ -26,14 +27,52 @@ SHARE = tl.constexpr(0.5773502691896258)
 
 
 @triton.jit
-def load_pairs(at, i, j, stride_i, stride_j, n, CZ: tl.constexpr, CZW: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile [i, j, channels] of z."""
-    c = tl.arange(0, CZW)
+def load_pairs(  # type: ignore[no-untyped-def]
+    at, i, j, stride_i, stride_j, n, CZ: tl.constexpr, CZW: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A tile [i, j, channels] of z, of a chunk of its channels."""
+    c = CHUNK * CZW + tl.arange(0, CZW)
     there = (i[:, None, None] < n) & (j[None, :, None] < n)
-    if CZ != CZW:
+    if CZ < (CHUNK + 1) * CZW:
         there = there & (c[None, None, :] < CZ)
     rows = i[:, None, None].to(tl.int64) * stride_i
     return tl.load(at + rows + j[None, :, None].to(tl.int64) * stride_j + c[None, None, :], mask=there, other=0.0)
+
+
+@triton.jit
+def store_pairs(  # type: ignore[no-untyped-def]
+    at, tile, i, j, n, CZ: tl.constexpr, CZW: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Write a tile [i, j, channels] of z's gradient [n, n, CZ]."""
+    c = CHUNK * CZW + tl.arange(0, CZW)
+    there = (i[:, None, None] < n) & (j[None, :, None] < n)
+    if CZ < (CHUNK + 1) * CZW:
+        there = there & (c[None, None, :] < CZ)
+    place = at + (i[:, None, None].to(tl.int64) * n + j[None, :, None]) * CZ + c[None, None, :]
+    tl.store(place, tile.to(at.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def load_weight(  # type: ignore[no-untyped-def]
+    at, i, h, CZ: tl.constexpr, CZW: tl.constexpr, HW: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The bias weight of a chunk, [i, channels, heads], the same for every row.
+
+    A product of matrices with two axes would need z in another shape, and Triton then loads no tile ahead.
+    """
+    c = CHUNK * CZW + tl.arange(0, CZW)
+    place = at + i[:, None, None] * 0 + c[None, :, None] * HW + h[None, None, :]
+    return tl.load(place, mask=(c[None, :, None] < CZ) & (i[:, None, None] >= 0), other=0.0)
+
+
+@triton.jit
+def load_joined(  # type: ignore[no-untyped-def]
+    at, i, n, CZ: tl.constexpr, CZW: tl.constexpr, HW: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """For each row, a chunk of the bias weight and the gradient of the mean of z: [i, 2 HW, channels]."""
+    c, both = CHUNK * CZW + tl.arange(0, CZW), tl.arange(0, 2 * HW)
+    place = at + (i[:, None, None].to(tl.int64) * (2 * HW) + both[None, :, None]) * CZ + c[None, None, :]
+    return tl.load(place, mask=(i[:, None, None] < n) & (c[None, None, :] < CZ), other=0.0)
 
 
 @triton.jit
@@ -108,7 +147,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     items, n, padded, blocks_a_part,
     H: tl.constexpr, HW: tl.constexpr, CZ: tl.constexpr, CZW: tl.constexpr,
     D: tl.constexpr, DW: tl.constexpr, DV: tl.constexpr, DVW: tl.constexpr,
-    I: tl.constexpr, J: tl.constexpr, TERMS: tl.constexpr, NEVER: tl.constexpr,
+    I: tl.constexpr, J: tl.constexpr, TERMS: tl.constexpr, CHUNKS: tl.constexpr, NEVER: tl.constexpr,
     FUSED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """I query rows, all heads, and a part of the keys: the means of values and of z, the logits' log-sum-exp in base 2.
@@ -123,10 +162,10 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     i, h, c = block * I + tl.arange(0, I), tl.arange(0, HW), tl.arange(0, CZW)
     z += item * z_b
     pair_mask += item * m_b
-    # The same weight for every row: a product of matrices with two axes would need z in another shape, and Triton then
-    # loads no tile ahead.
-    w_place = weight + i[:, None, None] * 0 + c[None, :, None] * HW + h[None, None, :]
-    w_tile = tl.load(w_place, mask=(c[None, :, None] < CZ) & (i[:, None, None] >= 0), other=0.0)
+    w_tile = load_weight(weight, i, h, CZ, CZW, HW, 0)
+    if CHUNKS == 2:
+        w_more = load_weight(weight, i, h, CZ, CZW, HW, 1)
+        of_more = tl.zeros([I, HW, CZW], tl.float32)
     if FUSED:
         q += item * H * n * TERMS * D
         k += item * H * padded * TERMS * D
@@ -145,8 +184,12 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     last = tl.minimum(first + blocks_a_part * J, n)
     for start in range(first, last, J):
         j = (start + tl.arange(0, J)).to(tl.int32)
-        z_tile = load_pairs(z, i, j, z_i, z_j, n, CZ, CZW)
-        s = dot(z_tile, w_tile, tl.zeros([I, J, HW], tl.float32), PRECISION, INTERPRETED) * (SHARE * LOG2E)
+        z_tile = load_pairs(z, i, j, z_i, z_j, n, CZ, CZW, 0)
+        s = dot(z_tile, w_tile, tl.zeros([I, J, HW], tl.float32), PRECISION, INTERPRETED)
+        if CHUNKS == 2:
+            z_more = load_pairs(z, i, j, z_i, z_j, n, CZ, CZW, 1)
+            s = dot(z_more, w_more, s, PRECISION, INTERPRETED)
+        s *= SHARE * LOG2E
         if FUSED:
             lifted = product(q_tile, q_low, k, h, j, padded, H, D, DW, TERMS, PRECISION, INTERPRETED)
             s += tl.permute(lifted, (1, 2, 0)) * scale[:, None, :]
@@ -164,6 +207,8 @@ def forward_kernel(  # type: ignore[no-untyped-def]
         top = higher
         by_row = tl.permute(p, (0, 2, 1)).to(z_tile.dtype)
         of_pairs = dot(by_row, z_tile, of_pairs * shrink[:, :, None], PRECISION, INTERPRETED)
+        if CHUNKS == 2:
+            of_more = dot(by_row, z_more, of_more * shrink[:, :, None], PRECISION, INTERPRETED)
         if FUSED:
             v_tile = load_heads(v, h, j, 0, padded, H, DV, DVW, TERMS)
             by_head = tl.permute(p, (2, 0, 1)).to(v_tile.dtype)
@@ -173,10 +218,11 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     share = tl.where(takes_part[:, None], 1.0 / total, 0.0)
     real = (i[:, None] < n) & (h[None, :] < H)
     at_row = ((part * items + item) * n + i[:, None]) * H + h[None, :]
-    stored = real[:, :, None]
-    if CZ != CZW:
-        stored = stored & (c[None, None, :] < CZ)
-    tl.store(pair + at_row[:, :, None] * CZ + c[None, None, :], of_pairs * share[:, :, None], mask=stored)
+    place = pair + at_row[:, :, None] * CZ + c[None, None, :]
+    tl.store(place, of_pairs * share[:, :, None], mask=real[:, :, None] & (c[None, None, :] < CZ))
+    if CHUNKS == 2:
+        stored = real[:, :, None] & (c[None, None, :] < CZ - CZW)
+        tl.store(place + CZW, of_more * share[:, :, None], mask=stored)
     at_head = ((part * items + item) * H + h[None, :]) * n + i[:, None]
     tl.store(lse + at_head, tl.where(takes_part[:, None], top + tl.log2(total), float("inf")), mask=real)
     if FUSED:
@@ -194,7 +240,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     items, n, padded, blocks_a_part,
     H: tl.constexpr, HW: tl.constexpr, CZ: tl.constexpr, CZW: tl.constexpr,
     D: tl.constexpr, DW: tl.constexpr, DV: tl.constexpr, DVW: tl.constexpr,
-    I: tl.constexpr, J: tl.constexpr, TERMS: tl.constexpr, NEVER: tl.constexpr,
+    I: tl.constexpr, J: tl.constexpr, TERMS: tl.constexpr, CHUNKS: tl.constexpr, NEVER: tl.constexpr,
     FUSED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of z for I query rows and a part of the keys, each pair's written once; and what the rest needs.
@@ -211,10 +257,13 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     i, h, c = block * I + tl.arange(0, I), tl.arange(0, HW), tl.arange(0, CZW)
     z += item * z_b
     pair_mask += item * m_b
-    both = tl.arange(0, 2 * HW)
-    at_joined = joined + ((item * n + i[:, None, None]) * (2 * HW) + both[None, :, None]) * CZ + c[None, None, :]
-    right = tl.load(at_joined, mask=(i[:, None, None] < n) & (c[None, None, :] < CZ), other=0.0)
+    joined += item * n * (2 * HW) * CZ
+    right = load_joined(joined, i, n, CZ, CZW, HW, 0)
     turned = tl.permute(right, (0, 2, 1))
+    if CHUNKS == 2:
+        right_more = load_joined(joined, i, n, CZ, CZW, HW, 1)
+        turned_more = tl.permute(right_more, (0, 2, 1))
+        more_weight = tl.zeros([I, HW, CZW], tl.float32)
     of_lse = load_of_rows(lse + item * H * n, i, h, n, H, float("inf"))
     of_delta = load_of_rows(delta + item * H * n, i, h, n, H, 0.0)
     if FUSED:
@@ -241,8 +290,11 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     last = tl.minimum(first + blocks_a_part * J, n)
     for start in range(first, last, J):
         j = (start + tl.arange(0, J)).to(tl.int32)
-        z_tile = load_pairs(z, i, j, z_i, z_j, n, CZ, CZW)
+        z_tile = load_pairs(z, i, j, z_i, z_j, n, CZ, CZW, 0)
         two = dot(z_tile, turned, tl.zeros([I, J, 2 * HW], tl.float32), PRECISION, INTERPRETED)
+        if CHUNKS == 2:
+            z_more = load_pairs(z, i, j, z_i, z_j, n, CZ, CZW, 1)
+            two = dot(z_more, turned_more, two, PRECISION, INTERPRETED)
         bias, d_p = tl.split(tl.reshape(two, [I, J, HW, 2]))
         s = bias * (SHARE * LOG2E)
         if FUSED:
@@ -265,17 +317,19 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         narrow = tl.float32 if z_tile.dtype == tl.float32 else tl.bfloat16
         left = tl.reshape(tl.join(d_s * SHARE, p), [I, J, 2 * HW]).to(narrow)
         d_pairs = dot(left, right.to(narrow), tl.zeros([I, J, CZW], tl.float32), PRECISION, INTERPRETED)
-        stored = (i[:, None, None] < n) & (j[None, :, None] < n)
-        if CZ != CZW:
-            stored = stored & (c[None, None, :] < CZ)
-        place = d_z + (i[:, None, None].to(tl.int64) * n + j[None, :, None]) * CZ + c[None, None, :]
-        tl.store(place, d_pairs.to(d_z.dtype.element_ty), mask=stored)
+        store_pairs(d_z, d_pairs, i, j, n, CZ, CZW, 0)
         by_row = tl.permute(d_s, (0, 2, 1)).to(narrow)
         of_weight = dot(by_row, z_tile.to(narrow), of_weight, PRECISION, INTERPRETED)
+        if CHUNKS == 2:
+            d_more = dot(left, right_more.to(narrow), tl.zeros([I, J, CZW], tl.float32), PRECISION, INTERPRETED)
+            store_pairs(d_z, d_more, i, j, n, CZ, CZW, 1)
+            more_weight = dot(by_row, z_more.to(narrow), more_weight, PRECISION, INTERPRETED)
     at_head = ((part * items + item) * H + h[None, :]) * n + i[:, None]
     tl.store(excess + at_head, of_row, mask=(i[:, None] < n) & (h[None, :] < H))
     place = d_bias_weight + (program.to(tl.int64) * HW + h[:, None]) * CZ + c[None, :]
     tl.store(place, tl.sum(of_weight, 0) * SHARE, mask=(c[None, :] < CZ) & (h[:, None] < HW))
+    if CHUNKS == 2:
+        tl.store(place + CZW, tl.sum(more_weight, 0) * SHARE, mask=(c[None, :] < CZ - CZW) & (h[:, None] < HW))
 
 
 #: Kernel name -> kernel.

@@ -1,6 +1,7 @@
 """Invariant point attention in Triton: exact, z is loaded once forward and once backward, its gradient written once.
 
-That holds for as many heads as a tile has (`_tiles.HEADS`); more are served in groups, one after the other.
+That holds for as many heads as a tile has, 16, or 8 where z is wider than 128; more are served in groups, one after the
+other.
 Queries and keys are lifted as for the kernel `torch`; beside a 16-bit z, each lifted number is the sum of two of 16
 bits, so that the logits are as good as float32's.
 """
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..registry import register
 from ..requests import KernelFunction
 from ._rows import lift
-from ._tiles import HEADS, reasons_against
+from ._tiles import heads_at_once, reasons_against
 from .torch import split_values
 
 
@@ -36,7 +37,8 @@ def run(
 
     lifted = lift(q, k, v, q_points, k_points, v_points, point_weights, mask)
     there = mask if pair_mask is None else mask & (pair_mask & mask[:, None]).any(-1)
-    by_head = (*(x.split(HEADS[-1], 1) for x in lifted[:3]), bias_weight.split(HEADS[-1]))
+    some = heads_at_once(z.shape[-1])
+    by_head = (*(x.split(some, 1) for x in lifted[:3]), bias_weight.split(some))
     found = [ipa_triton(q, k, v, z, weight, there, pair_mask) for q, k, v, weight in zip(*by_head, strict=True)]
     out = torch.cat([group[0] for group in found], 1) if len(found) > 1 else found[0][0]
     pair = torch.cat([group[1] for group in found], 2) if len(found) > 1 else found[0][1]

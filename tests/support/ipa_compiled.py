@@ -65,7 +65,8 @@ def compiled(variant: Variant, *, masked: bool = True, ones: tuple[str, ...] = (
     assert plan.fused == variant.fused and plan.heads == variant.heads
     half = variant.z == tiles.HALF
     constants: dict[str, Any] = {
-        "H": variant.heads, "HW": plan.heads, "CZ": variant.channels, "CZW": variant.channels,
+        "H": variant.heads, "HW": plan.heads,
+        "CZ": variant.channels, "CZW": variant.channels // plan.chunks, "CHUNKS": plan.chunks,
         "D": columns, "DW": tiles.width(columns), "DV": columns, "DVW": tiles.width(columns),
         "I": plan.queries, "J": plan.keys, "TERMS": 2 if half else 1, "NEVER": -1e30, "FUSED": plan.fused,
         "MASKED": masked, "PRECISION": "ieee" if half else "tf32x3", "INTERPRETED": False,

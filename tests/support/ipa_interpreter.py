@@ -26,6 +26,7 @@ from triton.runtime import interpreter
 from foldkernels.kernels import registry
 from foldkernels.kernels.custom import NoDoubleBackward
 from foldkernels.kernels.invariant_point_attention import _launch
+from foldkernels.kernels.invariant_point_attention import _tiles as tiles
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 from tests import kernel_cases as cases
@@ -39,6 +40,7 @@ FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}
 EXCEEDS = {torch.float32: 1.0, torch.bfloat16: 2.5, torch.float16: 2.5}
 
 
+
 def allow_the_cpu() -> None:
     """The interpreter's kernels run where `supports` says that they do not."""
     ours = registry.kernels(OPERATION)["triton"]
@@ -47,7 +49,8 @@ def allow_the_cpu() -> None:
 
 def plan(case: Mapping[str, Any]) -> None:
     """Have the launcher run in a given way, so that few residues are several tiles."""
-    found = _launch.Plan(**{name: case[name] for name in _launch.Plan._fields})
+    wide = case["sizes"][-1] > tiles.CHUNK or case["chunks"] == 2
+    found = _launch.Plan(**{name: case[name] for name in _launch.Plan._fields[:-1]}, chunks=2 if wide else 1)
     _launch.plans_for = lambda capability, kernel, dtype, **sizes: [found]
     _launch._PROGRAMS, _launch._FEWEST_BLOCKS = case["programs"], 1
 
@@ -121,7 +124,8 @@ def compare(asked: dict[str, Any]) -> dict[str, Any]:
     names = ["out", "points", "pair", *truth.gradients]
     for i, name in enumerate(names):
         true, theirs, ours, same, rounded, unrounded = (
-            run.outputs[i] if i < 3 else run.gradients[name] for run in (truth, plain, got, again, narrow, of_narrow)
+            run.outputs[i] if i < 3 else run.gradients[name]
+            for run in (truth, plain, got, again, narrow, of_narrow)
         )
         largest = float(true.abs().max())
         # A gradient that is nothing but rounding (of q, where there is one key) is measured by what cancelled in it.
