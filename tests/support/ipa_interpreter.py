@@ -40,6 +40,7 @@ FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}
 EXCEEDS = {torch.float32: 1.0, torch.bfloat16: 2.5, torch.float16: 2.5}
 
 
+
 def allow_the_cpu() -> None:
     """The interpreter's kernels run where `supports` says that they do not."""
     ours = registry.kernels(OPERATION)["triton"]
@@ -123,7 +124,8 @@ def compare(asked: dict[str, Any]) -> dict[str, Any]:
     names = ["out", "points", "pair", *truth.gradients]
     for i, name in enumerate(names):
         true, theirs, ours, same, rounded, unrounded = (
-            run.outputs[i] if i < 3 else run.gradients[name] for run in (truth, plain, got, again, narrow, of_narrow)
+            run.outputs[i] if i < 3 else run.gradients[name]
+            for run in (truth, plain, got, again, narrow, of_narrow)
         )
         largest = float(true.abs().max())
         # A gradient that is nothing but rounding (of q, where there is one key) is measured by what cancelled in it.
