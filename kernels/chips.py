@@ -45,4 +45,4 @@ def reasons_against_type(request: Request) -> list[Reason]:
     if request.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return []
     word = str(request.dtype).removeprefix("torch.")
-    return [Reason(f"it computes in float32, bfloat16 and float16, not in {word}", "cast q, k and v")]
+    return [Reason(f"it computes in float32, bfloat16 and float16, not in {word}", "cast the tensors")]

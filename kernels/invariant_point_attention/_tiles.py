@@ -84,7 +84,11 @@ def width(size: int, least: int = 16) -> int:
 
 def heads_at_once(cz: int) -> int:
     """How many heads a tile may have. More are served in groups, for each of which z is loaded."""
-    return max((heads for heads, channels in CELLS if cz <= channels), default=0)
+    most = 0
+    for heads, channels in CELLS:  # in words that Dynamo traces
+        if cz <= channels and heads > most:
+            most = heads
+    return most
 
 
 def _cell(h: int, cz: int) -> tuple[int, int]:
