@@ -1,5 +1,6 @@
 """Factorised point attention: what lifting to 16 bits loses, flash-attn on a stand-in, limits and errors."""
 
+from dataclasses import asdict
 from math import sqrt
 from typing import Any
 
@@ -12,6 +13,7 @@ from foldkernels.kernels import machine, registry
 from foldkernels.kernels.factorized_point_attention import _lifting as lifting
 from foldkernels.kernels.factorized_point_attention import factorized_point_attention, flash_attn, reference
 from foldkernels.kernels.factorized_point_attention import torch as streamed
+from foldkernels.kernels.factorized_point_attention._streamed import factorized_streamed
 from foldkernels.kernels.machine import Machine
 from foldkernels.kernels.requests import Dims, Request
 
@@ -261,6 +263,34 @@ def test_wide_heads_run(inner):
     out = factorized_point_attention(*given, attention_dtype=inner, config=registry.token(CONFIG))
     for found, true in zip(out, reference.run(*protein.inputs(F64), None, True, F64), strict=True):
         assert found.dtype is F32 and float((found - true).abs().max()) < 2e-5
+
+
+@pytest.mark.parametrize("variant", ["plain", "masked"])
+def test_the_streamed_operator_is_one(variant):
+    """PyTorch's own checks, forward and backward."""
+    x = build("factorized_point_attention", 7, variant).values
+    first = [x[name].flatten(3) for name in "q k v q_points k_points v_points".split()]
+    given = [*first, x["point_weights"], x["b1"], x["b2"], x["z2"].flatten(-2)]
+    given = [y.detach().clone().requires_grad_() for y in given]
+    centre = torch.ones(len(x["q"]), 3, dtype=F64)
+    found = torch.library.opcheck(factorized_streamed, (*given, centre, x["mask"]))
+    assert set(found.values()) == {"SUCCESS"}, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["forward", "step"])
+def test_memory_grows_with_length(mode):
+    """By the power of 1.1 at most, and a tenth of what holding the softmax takes."""
+    from benchmarks import flash_ipa_cpu as benchmark
+    from benchmarks.measure import extra_peak_memory
+
+    lengths = (512, 1024, 2048)
+    tasks = [asdict(benchmark.Task(mode, length)) for length in lengths]
+    memory = [extra_peak_memory(benchmark.prepare_memory, task, True) for task in tasks]
+    print(mode, memory)
+    assert benchmark.exponent(lengths, memory) < 1.1
+    if mode == "forward":
+        assert memory[-1] < 0.1 * extra_peak_memory(benchmark.prepare_memory, tasks[-1], False)
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,8 @@ def test_it_compiles_and_fits(arch, dtype, kernel, tmp_path):
 @pytest.mark.parametrize("arch", CHIPS)
 def test_the_widest_fit(arch, kernel, tmp_path):
     """The widest layers that `supports` lets through."""
-    code = compiled(arch, kernel, "bf16", (128, (tiles.PART * tiles.MOST_PARTS - 128) // 2, 128))
+    hidden = tiles.PART * tiles.MOST_PARTS[tiles.chips(CHIPS[arch])]
+    code = compiled(arch, kernel, "bf16", (128, (hidden - 128) // 2, 128))
     assert usage(code, tmp_path).shared <= chips.shared_memory(CHIPS[arch])
 
 
@@ -181,7 +182,10 @@ def test_what_it_refuses():
     assert "not in float64" in _why(dtype=torch.float64)
     assert "width 129 do not fit" in _why(cz=129)
     assert "width 256 do not fit" in _why(cz_out=256)
-    assert not _why(cn=192) and "hidden layers of width 514" in _why(cn=193)
+    for chip, most in (((8, 0), 448), ((8, 9), 384), ((9, 0), 512), ((10, 0), 384)):
+        widest = (most - 128) // 2
+        assert not _why(cn=widest, capability=chip)
+        assert f"hidden layers of width {most + 2}" in _why(cn=widest + 1, capability=chip)
     assert "not on mps" in _why(device="mps", capability=None)
     assert "not on cpu" in _why(device="cpu", capability=None)
 
@@ -199,6 +203,6 @@ def test_presets_on_an_h100(preset, kernel):
 
 def test_every_chip_has_its_tiles():
     found = {tiles.chips(chip) for chip in ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1))}
-    assert found == set(tiles.TILES)
+    assert found == set(tiles.TILES) == set(tiles.MOST_PARTS)
     assert tiles.chips((8, 7)) == tiles.MIDDLE and tiles.chips((12, 0)) == tiles.SMALL
     assert all(len(found) == len(tiles.KERNELS) for found in tiles.TILES.values())
