@@ -155,7 +155,8 @@ def _walk(model: nn.Module, known: Mapping[str, Adapter]) -> Iterator[tuple[str,
             yield name, module, Entry(name, kind, "needs nothing", reason=needless), None
             continue
         if is_ours(module):
-            if isinstance(module, Bindable):
+            calls_kernels = isinstance(module, Bindable)
+            if calls_kernels:
                 inside += (f"{name}." if name else "",)
                 reason = "it calls this package's kernels already; bind() chooses them"
                 yield name, module, Entry(name, kind, "needs nothing", reason=reason), None
