@@ -3,6 +3,7 @@
     python -m benchmarks.flash_ipa_cpu                       times and memory at L=512 and 2,048 (some minutes)
     python -m benchmarks.flash_ipa_cpu --quick               every row at L=128, three pairs: does it run, is it right
     python -m benchmarks.flash_ipa_cpu --growth growth.json  memory of ours alone, L=512 to 8,192, and its exponent
+    python -m benchmarks.flash_ipa_cpu --growth growth.json --plot growth.png
 
 Run from the repository's root. The operation alone, of the published size (8 heads of 128, 8 query and 12 value points,
 rank 2, c_z 128), one item, float32, on random inputs. Each row runs in a fresh process: first the check against
@@ -177,6 +178,29 @@ def grow(path: Path, lengths: Sequence[int] = LENGTHS) -> None:
     path.write_text(json.dumps(found, indent=1) + "\n")
 
 
+def plot(measured: Path, picture: Path) -> None:
+    """Draw what `grow` wrote, both axes logarithmic, beside a line that grows with the length's square."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = json.loads(measured.read_text())
+    lengths = found["lengths"]
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for mode, words in (("forward", "forward"), ("step", "forward and backward")):
+        label = f"{words}: L to the power {found[mode]['exponent']:.2f}"
+        axes.loglog(lengths, found[mode]["extra_mb"], "o-", label=label)
+    start = found["forward"]["extra_mb"][0]
+    square = [start * (length / lengths[0]) ** 2 for length in lengths]
+    axes.loglog(lengths, square, ":", color="gray", label="L squared, for comparison")
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.minorticks_off()
+    axes.set(xlabel="residues L", ylabel="extra memory at the peak, MB", title="factorised point attention, `torch`")
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the table, or measure growth.
 
@@ -190,9 +214,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "flash_ipa_cpu.json",
     )
     parser.add_argument("--growth", type=Path, metavar="FILE", help="measure memory by length instead, to FILE")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="with --growth: draw FILE, measured if not there")
     options = parser.parse_args(argv)
+    if options.plot is not None and options.growth is None:
+        parser.error("--plot draws what --growth FILE holds: name both")
     if options.growth is not None:
-        grow(options.growth)
+        if options.plot is None or not options.growth.exists():
+            grow(options.growth)
+        if options.plot is not None:
+            plot(options.growth, options.plot)
         return 0
     tasks = [
         replace(task, length=QUICK_LENGTH if options.quick else task.length, threads=options.threads)
