@@ -157,9 +157,9 @@ def pair_bias_backward(
             accumulate_(d_weight, d_heads, given)
         else:
             assert shift is not None
-            x = torch.layer_norm(given, given.shape[-1:], scale, shift, eps)
+            x, mean, inverse_std = torch.native_layer_norm(given, given.shape[-1:], scale, shift, eps)
             accumulate_(d_weight, d_heads, x)
-            dx = layer_norm_backward(dx, given, scale, shift, d_scale, d_shift, eps)
+            dx = layer_norm_backward(dx, given, scale, shift, d_scale, d_shift, mean, inverse_std)
         block = dx.view(z[i, rows].shape)
         if add:
             dz[i, rows] += block

@@ -76,7 +76,8 @@ def layer_norm_rows_backward(
     """The gradient of `x`; those of the weight and the bias are added to `d_weight` and `d_bias`."""
     if mask is not None:
         d_out = d_out.masked_fill(no_pair(mask, rows), 0.0)
-    return layer_norm_backward(d_out.reshape(x.shape), x, weight, bias, d_weight, d_bias, eps)
+    _, mean, inverse_std = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return layer_norm_backward(d_out.reshape(x.shape), x, weight, bias, d_weight, d_bias, mean, inverse_std)
 
 
 def layer_norm_backward(
@@ -86,17 +87,19 @@ def layer_norm_backward(
     bias: Float[Tensor, " c"],
     d_weight: Float[Tensor, " c"],
     d_bias: Float[Tensor, " c"],
-    eps: float,
+    mean: Tensor,
+    inverse_std: Tensor,
 ) -> Float[Tensor, "*b c"]:
-    """The gradient of a LayerNorm's input, in its type; the weight's and the bias's are added to what is there."""
+    """The gradient of a LayerNorm's input, in its type; the weight's and the bias's are added to what is there.
+
+    `mean` and `inverse_std` are what `torch.native_layer_norm` found of x.
+    """
     # In float32 at least: in bfloat16, PyTorch adds up the weight's and the bias's gradients in bfloat16, too.
     given, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    d_out, x, weight, bias = d_out.to(wide), x.to(wide), weight.to(wide), bias.to(wide)
-    shape = x.shape[-1:]
-    _, mean, inverse_std = torch.native_layer_norm(x, shape, weight, bias, eps)
     d_x: Tensor
+    d_out, x, mean, inverse_std = (part.to(wide) for part in (d_out, x, mean, inverse_std))
     d_x, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
-        d_out, x, shape, mean, inverse_std, weight, bias, [True, True, True]
+        d_out, x, x.shape[-1:], mean, inverse_std, weight.to(wide), bias.to(wide), [True, True, True]
     )
     d_weight.add_(of_weight)
     d_bias.add_(of_bias)

@@ -161,7 +161,8 @@ def _output_backward(
     flat = product.view(product.shape[0], -1)
     for rows, pairs in _blocks(z):
         given = flat[:, pairs].t().contiguous()
-        normed = torch.layer_norm(given, given.shape[-1:], w.norm_out_weight, w.norm_out_bias, eps)
+        norm = (given.shape[-1:], w.norm_out_weight, w.norm_out_bias)
+        normed, mean, inverse_std = torch.native_layer_norm(given, *norm, eps)
         x = _norm_in(z[rows], w, eps)
         gate = F.linear(x, w.g_out, w.g_out_bias).sigmoid_()
         d_rows = d_out[rows].reshape(x.shape).to(x.dtype)
@@ -171,7 +172,7 @@ def _output_backward(
         _linear_sums(sums.g_out, sums.g_out_bias, d_gate, x)
         dx[rows] = (d_gate @ w.g_out).view(dx[rows].shape)
         d_given = layer_norm_backward(
-            d_last @ w.p_out, given, w.norm_out_weight, w.norm_out_bias, sums.norm_out_weight, sums.norm_out_bias, eps
+            d_last @ w.p_out, given, *norm[1:], sums.norm_out_weight, sums.norm_out_bias, mean, inverse_std
         )
         flat[:, pairs] = d_given.t()
 
@@ -190,7 +191,9 @@ def _input_backward(
     flat = d_factors.view(-1, z.shape[0] ** 2)
     for rows, pairs in _blocks(z):
         given = z[rows].to(w.p_in.dtype).contiguous()
-        x = _norm_in(given, w, eps)
+        norm = (given.shape[-1:], w.norm_in_weight, w.norm_in_bias)
+        normed, mean, inverse_std = torch.native_layer_norm(given, *norm, eps)
+        x = normed.flatten(0, 1)
         d_edges = flat[:, pairs]
         if mask is not None:
             d_edges = d_edges * mask[rows].reshape(-1)
@@ -203,11 +206,11 @@ def _input_backward(
         d_given = layer_norm_backward(
             (d_normed + dx[rows]).to(given.dtype),
             given,
-            w.norm_in_weight,
-            w.norm_in_bias,
+            *norm[1:],
             sums.norm_in_weight,
             sums.norm_in_bias,
-            eps,
+            mean,
+            inverse_std,
         )
         dz[rows] = d_given
 
