@@ -27,7 +27,20 @@ BASE = [
 PLOTS = ["matplotlib"]
 # einops: the benchmarks, which the tests try, use it where the originals do.
 # triton: compiles ahead of time and interprets without a GPU, beside a torch built for the CPU, too.
-TEST = ["pytest>=8", "pytest-xdist", "ruff", "mypy", "setuptools>=77", "einops", "triton>=3.7; sys_platform == 'linux'"]
+TRAIN = ["pytorch-lightning>=2.4"]
+DOCS = ["mkdocs-material>=9.5"]
+TEST = [
+    *TRAIN,
+    *DOCS,
+    "pytest>=8",
+    "pytest-xdist",
+    "hypothesis",
+    "ruff",
+    "mypy",
+    "setuptools>=77",
+    "einops",
+    "triton>=3.7; sys_platform == 'linux'",
+]
 EXTRAS = {
     # CUDA 13, which is what the package index's torch >= 2.11 is built for; the cu12 and cu13 ops wheels write the same
     # files, so there is no extra for CUDA 12. None of these exists for a Mac, which must be able to resolve them all.
@@ -43,6 +56,8 @@ EXTRAS = {
     # Apart from the others: it is built from source, and the build imports torch (`pip install --no-build-isolation`).
     "flash": ["flash-attn>=2.8; sys_platform == 'linux'"],
     "esm": ["fair-esm"],
+    "train": TRAIN,
+    "docs": DOCS,
     "plots": PLOTS,
     "test": TEST,
     "dev": [*TEST, *PLOTS, "build"],
