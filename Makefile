@@ -67,7 +67,7 @@ bench: $(INSTALLED)
 
 # The pages that are written from the code first, so that the site is of this checkout.
 docs: $(INSTALLED)
-	for page in docs/write_*.py; do PYTHONPATH=. $(PY) $$page || exit; done
+	for page in docs/write_*.py; do $(PY) $$page || exit; done
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 	@echo "open site/index.html"
 

@@ -1,4 +1,4 @@
-"""What mkdocs calls while it builds the site: the checkout's own CONTRIBUTING.md and CHANGELOG.md become pages of it."""
+"""What mkdocs calls while it builds the site: CONTRIBUTING.md and CHANGELOG.md become pages of it."""
 
 from __future__ import annotations
 

@@ -132,7 +132,8 @@ def _type(annotation: str) -> str:
 def _sections(doc: str) -> tuple[str, dict[str, str]]:
     """What stands before a docstring's sections, and the sections."""
     parts = re.split(r"^(Args|Shapes|Returns|Raises):\n", doc, flags=re.MULTILINE)
-    return parts[0].strip(), {name: textwrap.dedent(text).strip() for name, text in zip(parts[1::2], parts[2::2])}
+    found = zip(parts[1::2], parts[2::2], strict=True)
+    return parts[0].strip(), {name: textwrap.dedent(text).strip() for name, text in found}
 
 
 def _entries(section: str) -> Iterator[tuple[str, str]]:
@@ -171,9 +172,7 @@ def _kernels(operation: Operation) -> Iterator[str]:
 def _first(operation: Operation, kernel: Kernel, place: str) -> Request | None:
     """A call on a device that a kernel serves, the widest type first."""
     device, capability = PLACES[place]
-    dims = Dims(
-        {name: OTHER_SIZES.get((operation.name, name), SIZES.get(name, 16)) for name in operation.dims}
-    )
+    dims = Dims({name: OTHER_SIZES.get((operation.name, name), SIZES.get(name, 16)) for name in operation.dims})
     options = frozenset({"bias_factors", "pair_factors"} & set(operation.options))  # those that no call is without
     for dtype in (torch.float32, torch.bfloat16):
         request = Request(operation.name, device, dtype, dims, capability, grad=True, options=options)
@@ -216,8 +215,8 @@ def _choice(operation: Operation) -> Iterator[str]:
     yield "\n## Which one runs\n"
     if operation.fuses:
         parts = " and ".join(f"[`{name}`]({name}.md)" for name in operation.fuses)
-        yield f"No configuration names it. It serves where {parts} would run a kernel of a name that it has too, on a call"
-        yield "that this kernel serves; what is said of the parts holds for the whole."
+        yield f"No configuration names it. It serves where {parts} would run a kernel of a name that it has too, on a"
+        yield "call that this kernel serves; what is said of the parts holds for the whole."
         return
     yield "Candidates, best first; the first that serves the call runs.\n"
     yield "| preset | " + " | ".join(DEVICES) + " |\n| --- |" + " --- |" * len(DEVICES)
