@@ -161,7 +161,7 @@ def decide(request: Request, config: Any = None, on: machine.Machine | None = No
     """
     settings = config if isinstance(config, KernelConfig) else resolve_kernel(config).config
     known = kernels(request.operation)
-    required = settings.required(request.operation)
+    required = _demanded.get(request.operation) or settings.required(request.operation)
     source = f"required by {request.operation}: {required}" if required else f"preset {settings.preset}"
     names = (required,) if required else candidates(settings.preset, request.operation, request.device)
     rejected: list[tuple[str, tuple[Reason, ...]]] = []
@@ -203,6 +203,7 @@ _decided: dict[tuple[Any, ...], str] = {}
 _fused: dict[tuple[Any, ...], bool] = {}
 _thresholds: dict[str, tuple[int, ...]] = {}
 _recorders: list[list[str]] = []
+_demanded: dict[str, str] = {}
 
 
 @lru_cache(maxsize=256)
@@ -427,6 +428,30 @@ def _common(
         except KernelUnavailable:
             _fused[key] = False
     return _fused[key]
+
+
+@contextmanager
+def require(operation: str, kernel: str) -> Iterator[None]:
+    """Inside, `kernel` runs `operation` or nothing does, whatever a configuration says, and in every thread.
+
+    For checks and measurements of operations that a configuration has no word for.
+
+    Args:
+        operation: Its name.
+        kernel: The kernel's name.
+    """
+    global _decided, _fused
+    before = (_decided, _fused, _demanded.get(operation))
+    _decided, _fused = {}, {}
+    _demanded[operation] = kernel
+    try:
+        yield
+    finally:
+        _decided, _fused, previous = before
+        if previous is None:
+            del _demanded[operation]
+        else:
+            _demanded[operation] = previous
 
 
 @contextmanager
