@@ -316,8 +316,8 @@ def _how_to_read(measured: Sequence[Row]) -> tuple[str, str]:
     return _section(
         "How it was measured",
         f"<p>The kernels of one operation, length and pass take turns in one process, {said} rounds, because a "
-        "machine's speed drifts by more than the differences of interest: trust the ratios, and the milliseconds only roughly. A "
-        "ratio is that of medians; its interval is a 95% bootstrap over rounds. Inputs have the widths of published "
+        "machine's speed drifts by more than the differences of interest: trust the ratios, and the milliseconds only "
+        "roughly. A ratio is that of medians; its interval is a 95% bootstrap over rounds. Inputs have the widths of published "
         "models, one item, nothing masked; a forward pass runs without gradients, forward+backward asks for every "
         "gradient. Memory is what one call adds at its peak, results included: on a CPU resident memory in a second "
         "process, on an NVIDIA GPU the allocator's count.</p>"
