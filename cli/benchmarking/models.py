@@ -1,7 +1,7 @@
 """Whole models: Multiflow's, from a config or a checkpoint, and a user's own, from `module:factory`.
 
-A side is a preset, or several that choose the same kernels, joined by `=`. A user's own model has one side more,
-`original`: it runs as it is, where the others run under `accelerate`.
+A side is a preset; of several that choose the same kernels the first stands for all. A user's own model has one side
+more, `original`: it runs as it is, where the others run under `accelerate`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class ModelSubject:
         self._presets = lru_cache(maxsize=2)(self._distinct)
         self._truth = lru_cache(maxsize=2)(self._truth_and_plain)
         self._checked: dict[tuple[Any, ...], Checked] = {}
+        self._ran: dict[str, list[str]] = {}
         self._inputs = lru_cache(maxsize=2)(self._batch)
         self._models: dict[tuple[str, str], nn.Module] = {}
 
@@ -85,8 +86,11 @@ class ModelSubject:
 
     def sides(self, device: str) -> list[str]:
         """The side that the others are judged by, then the presets."""
-        found = ["=".join(words) for words in self._presets(device).values()]
-        return sorted(found, key=lambda side: self.first not in side.split("="))
+        return sorted(self._presets(device), key=lambda side: side != self.first)
+
+    def alike(self, device: str) -> Mapping[str, list[str]]:
+        """For each side the presets that it stands for, besides its own."""
+        return {side: others for side, others in self._presets(device).items() if others}
 
     def why_not(self, side: str, point: Point) -> str:
         """Why a side cannot run; empty if it can."""
@@ -101,10 +105,10 @@ class ModelSubject:
         """The kernels that the side ran on a short chain."""
         return list(self._ran.get(side, ()))
 
-    def _distinct(self, device: str) -> dict[tuple[str, ...], list[str]]:
-        """The presets that choose different kernels, by what they choose: found by running each on a short chain."""
-        found: dict[tuple[str, ...], list[str]] = {}
-        self._ran: dict[str, list[str]] = {}
+    def _distinct(self, device: str) -> dict[str, list[str]]:
+        """The presets that choose different kernels, found by running each on a short chain, and what else each is."""
+        chosen: dict[tuple[str, ...], str] = {}
+        found: dict[str, list[str]] = {}
         batch = self._moved(self.inputs(TINY, 0, False), device)
         words = [ORIGINAL] if self.first == ORIGINAL else []
         for word in [*words, *PRESETS]:
@@ -113,23 +117,23 @@ class ModelSubject:
                     self.outputs(self._side(word, device), batch)
             except KernelUnavailable:
                 continue
-            chosen = () if word == ORIGINAL else tuple(sorted(set(ran)))
-            found.setdefault(chosen, []).append(word)
-        for chosen, same in found.items():
-            self._ran["=".join(same)] = list(chosen)
+            kernels = () if word == ORIGINAL else tuple(sorted(set(ran)))
+            if kernels in chosen:
+                found[chosen[kernels]].append(word)
+                continue
+            chosen[kernels], found[word], self._ran[word] = word, [], list(kernels)
         return found
 
     def _side(self, side: str, device: str) -> nn.Module:
         """The model with a side's kernels: the parameters are the same tensors on every side."""
-        word = side.split("=")[0]
-        if (word, device) not in self._models:
+        if (side, device) not in self._models:
             model = self._ready(device)
             shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
             mine = copy.deepcopy(model, shared)
-            if word != ORIGINAL:
-                self.given(mine, word)
-            self._models[word, device] = mine
-        return self._models[word, device]
+            if side != ORIGINAL:
+                self.given(mine, side)
+            self._models[side, device] = mine
+        return self._models[side, device]
 
     def _place(self, device: str) -> nn.Module:
         self._models.clear()

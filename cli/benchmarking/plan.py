@@ -77,6 +77,7 @@ class Known:
     Attributes:
         name: The subject's name.
         sides: All of them.
+        alike: For a side, the presets that it stands for besides its own.
         why: Why a side can run at none of the points; empty if it can at one.
         growth: The power of the length by which the work grows.
         trial_s: Seconds of one short call, gradients and all.
@@ -86,6 +87,7 @@ class Known:
 
     name: str
     sides: list[str]
+    alike: Mapping[str, list[str]] = field(default_factory=dict)
     why: Mapping[str, str] = field(default_factory=dict)
     growth: float = 2.0
     trial_s: float = 0.0
@@ -127,7 +129,7 @@ def chosen(
     must: set[str] = set()
     for word in [*words, *([baseline] if baseline else [])]:
         operation, equals, kernel = word.partition("=")
-        sides = [side for side in known.sides if word in side.split("=") or word == side]
+        sides = [side for side in known.sides if word == side or word in known.alike.get(side, ())]
         if sides:
             wanted.update(sides)
         elif equals:
@@ -147,7 +149,7 @@ def check_words(words: Sequence[str], every: Sequence[Known], operations: Sequen
     Raises:
         BadInput: It names no kernel, preset or operation; the message has the nearest.
     """
-    sides = {word for known in every for side in known.sides for word in (*side.split("="), side)}
+    sides = {word for known in every for side in known.sides for word in (side, *known.alike.get(side, ()))}
     for word in words:
         operation, equals, kernel = word.partition("=")
         if not equals or word in sides:

@@ -10,7 +10,7 @@ from .page_style import SCRIPT, STYLE
 from .plots import style_of
 from .rows import FAILED, MEASURED, MODES, NO_TIME, STATUSES, UNAVAILABLE, WRONG, Results, Row
 from .series import Figure, figures_of, kernels_of
-from .summary import Best, bests, headline, interval, megabytes, milliseconds, problems, where
+from .summary import Best, bests, headline, interval, megabytes, milliseconds, presets_alike, problems, where
 
 Cell = tuple[str, float | None]
 _SAID = {
@@ -134,7 +134,8 @@ def _fastest(measured: Sequence[Row]) -> tuple[str, str]:
             ]
         )
     caption = "At the longest length at which each was measured; sort by clicking a heading."
-    return _section("Fastest", _table(caption, head, rows, (2, 4, 5, 6, 7), "sortable"))
+    alike = "".join(f'<p class="soft">{escape(words)}</p>' for words in presets_alike(measured))
+    return _section("Fastest", _table(caption, head, rows, (2, 4, 5, 6, 7), "sortable"), alike)
 
 
 def _plots(measured: Sequence[Row]) -> tuple[str, str]:
@@ -317,10 +318,10 @@ def _how_to_read(measured: Sequence[Row]) -> tuple[str, str]:
         "How it was measured",
         f"<p>The kernels of one operation, length and pass take turns in one process, {said} rounds, because a "
         "machine's speed drifts by more than the differences of interest: trust the ratios, and the milliseconds only "
-        "roughly. A ratio is that of medians; its interval is a 95% bootstrap over rounds. Inputs have the widths of published "
-        "models, one item, nothing masked; a forward pass runs without gradients, forward+backward asks for every "
-        "gradient. Memory is what one call adds at its peak, results included: on a CPU resident memory in a second "
-        "process, on an NVIDIA GPU the allocator's count.</p>"
+        "roughly. A ratio is that of medians; its interval is a 95% bootstrap over rounds. Inputs have the widths of "
+        "published models, one item, nothing masked; a forward pass runs without gradients, forward+backward asks for "
+        "every gradient. Memory is what one call adds at its peak, results included: on a CPU resident memory in a "
+        "second process, on an NVIDIA GPU the allocator's count.</p>"
         "<p>The baseline <code>reference</code> is the definition of an operation, written to be read. It is not the "
         "original projects' code, which may be slower or faster.</p>",
     )

@@ -29,7 +29,7 @@ class Row:
     Attributes:
         kind: `operation` or `model`.
         subject: The operation's name, or the model's.
-        kernel: The kernel's name; of a model the presets, joined by `=` where they choose the same kernels.
+        kernel: The kernel's name; of a model the preset.
         mode: `forward` (no gradients) or `forward+backward` (every gradient).
         length: Residues or tokens; the batch is one.
         dtype: The precision of the inputs; models run in bfloat16 under autocast.
@@ -37,6 +37,7 @@ class Row:
         status: One of `STATUSES`. Only a measured row has a time.
         why: Why there is no time; empty for a measured row.
         runs: The kernels that ran, as "operation: kernel".
+        alike: Other presets that choose the same kernels.
         sizes: The widths, by name.
         ms: Median time of a call.
         low_ms: Its lower quartile over the rounds.
@@ -69,6 +70,7 @@ class Row:
     status: str
     why: str = ""
     runs: tuple[str, ...] = ()
+    alike: tuple[str, ...] = ()
     sizes: Mapping[str, int] = field(default_factory=dict)
     ms: float | None = None
     low_ms: float | None = None
@@ -198,7 +200,13 @@ _NUMBERS = ("ms", "low_ms", "high_ms", "fastest_ms", "ratio", "ratio_low", "rati
 
 def _row(data: Mapping[str, Any]) -> Row:
     """A row from JSON; what a later version may have added is left out."""
-    row = Row(**{name: tuple(value) if name == "runs" else value for name, value in data.items() if name in _FIELDS})
+    row = Row(
+        **{
+            name: tuple(value) if name in ("runs", "alike") else value
+            for name, value in data.items()
+            if name in _FIELDS
+        }
+    )
     for name in _TEXT:
         if not isinstance(getattr(row, name), str):
             raise TypeError(f"{name} is no text")

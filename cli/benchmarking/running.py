@@ -25,7 +25,7 @@ class Run:
     Args:
         plan: What to measure.
         told: Told what is being done, and the part of the whole that is done (0 to 1).
-        worker: Starts a worker process, with variables to add to its environment.
+        worker: Starts a worker process, with variables to add to its environment; `bench_worker` when None.
         clock: Seconds.
     """
 
@@ -33,11 +33,11 @@ class Run:
         self,
         plan: Plan,
         told: Told | None = None,
-        worker: Callable[[Mapping[str, str]], Worker] = bench_worker,
+        worker: Callable[[Mapping[str, str]], Worker] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.plan, self.told = plan, told or (lambda what, done: None)
-        self._new_worker, self._clock = worker, clock
+        self._new_worker, self._clock = worker or bench_worker, clock
         self.started = clock()
         self.machine: dict[str, Any] = {}
         self.versions: dict[str, str] = {}
@@ -128,7 +128,9 @@ class Run:
                 yield self._no_time(known, sides, point, guess)
                 continue
             began = self.seconds
-            found = self._measure(timer, spec, known, sides, point, guess, left, what)
+            found = {side: {"status": UNAVAILABLE, "why": known.why[side]} for side in sides if known.why.get(side)}
+            found |= self._measure(timer, spec, able, point, guess, left, what) if able else {}
+            found = {side: found[side] for side in sides}
             if peaks is not None:
                 for side in [side for side in sides if "seconds" in found[side]]:
                     found[side]["memory_mb"] = self._peak(peaks, spec, side, point, guess)
@@ -141,7 +143,6 @@ class Run:
         self,
         worker: Worker,
         spec: Mapping[str, Any],
-        known: Known,
         sides: list[str],
         point: Mapping[str, Any],
         guess: float,
@@ -161,7 +162,7 @@ class Run:
             question = {
                 "what": "measure",
                 "subject": spec,
-                "sides": again,
+                "sides": list(again),
                 "point": point,
                 "rounds": self.plan.rounds,
                 "memory": self.plan.memory,
@@ -240,6 +241,7 @@ class Run:
                     device=point["device"],
                     status=row.get("status", MEASURED),
                     why=row.get("why", ""),
+                    alike=tuple(known.alike.get(side, ())),
                     sizes=dict(known.sizes),
                     check=row.get("check", ""),
                     seed=point["seed"],

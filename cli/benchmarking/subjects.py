@@ -85,6 +85,10 @@ class Subject(Protocol):
         """The names of all sides, those that cannot run among them."""
         ...
 
+    def alike(self, device: str) -> Mapping[str, list[str]]:
+        """For a side, what else it stands for."""
+        ...
+
     def why_not(self, side: str, point: Point) -> str:
         """Why a side cannot run; empty if it can."""
         ...
@@ -132,6 +136,10 @@ class OperationSubject:
         """The definition first, then plain PyTorch, then the others by name."""
         first = ["reference", "torch"]
         return sorted(registry.kernels(self.name), key=lambda kernel: (*(kernel != name for name in first), kernel))
+
+    def alike(self, device: str) -> Mapping[str, list[str]]:
+        """Nothing: each kernel stands for itself."""
+        return {}
 
     def why_not(self, side: str, point: Point) -> str:
         """Every reason why a kernel cannot run; empty if it can."""

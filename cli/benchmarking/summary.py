@@ -149,7 +149,7 @@ def headline(results: Results) -> str:
     if not measured:
         return f"Nothing was measured on {where(results.rows)}: {_counts(results.rows) or 'no kernel was asked for'}."
     found = bests(measured)
-    parts = [f"On {where(measured)}:", *(f"{words}." for mode in MODES if (words := _winners(found, mode)))]
+    parts = [f"On {where(measured)}: " + "; ".join(words for mode in MODES if (words := _winners(found, mode))) + "."]
     memory = _memory(found)
     if memory:
         parts.append(memory)
@@ -273,6 +273,7 @@ def table(rows: Sequence[Row]) -> str:
             if i == 0:
                 lines.append("-" * len(lines[-1]))
         lines.append("")
+    lines += presets_alike(measured)
     told = problems(rows)
     if told:
         lines.append("Not measured:")
@@ -281,6 +282,14 @@ def table(rows: Sequence[Row]) -> str:
             lines.append(f"  {problem.subject}: {problem.kernel}: {problem.status}{at}: {_first_reason(problem)}")
         lines.append("")
     return "\n".join(lines)
+
+
+def presets_alike(rows: Sequence[Row]) -> list[str]:
+    """Which presets stand for others, in words."""
+    found = dict.fromkeys((row.subject, row.kernel, row.alike) for row in rows if row.alike)
+    return [
+        f"{subject}: {', '.join(alike)} choose the same kernels here as {kernel}." for subject, kernel, alike in found
+    ]
 
 
 def _first_reason(problem: Problem) -> str:
