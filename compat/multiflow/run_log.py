@@ -245,7 +245,9 @@ class RunLog:
 
     def _warn_of_other_settings(self, account: dict[str, Any] | None) -> None:
         """Says so where samples are kept that another seed or other settings made."""
-        kept = {record.folder for record in self._samples.values() if record.status == "kept"}
+        # With `overwrite` those are the other workers' to make anew.
+        there = {record.folder for record in self._samples.values() if record.status == "kept"}
+        kept = set() if self._arguments["overwrite"] else there
         different: dict[str, None] = {}
         for run in [] if account is None else [account, *account["other_runs"]]:
             theirs = kept.intersection(sample["folder"] for sample in run["samples"] if sample["status"] != "pending")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -65,7 +65,7 @@ class SharedWork:
         """Batches that were not done when last looked at."""
         return len(self._remaining)
 
-    def __iter__(self) -> Iterator[tuple[Batch, Batch]]:
+    def __iter__(self) -> Generator[tuple[Batch, Batch]]:
         """Gives batches to make, and the samples of each that are claimed, until every sample is done.
 
         The claims last until the next batch is asked for. Where all that is left is claimed by other processes, this
