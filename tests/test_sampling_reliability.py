@@ -131,7 +131,7 @@ def test_kill_at_some_moments(tmp_path: Path, whole: dict[str, bytes]) -> None:
 def test_kill_at_every_moment(tmp_path: Path, whole: dict[str, bytes]) -> None:
     kills = kill_everywhere(tmp_path / "out", whole, every=1)
     print(f"killed at {kills} moments")
-    assert kills >= 100
+    assert kills >= 80
 
 
 @pytest.mark.filterwarnings("ignore:.*keeps samples that were made with another seed")
