@@ -27,8 +27,8 @@ def target_of(leftover: str) -> str | None:
     return name[1:] if known and len(name) > 1 else None
 
 
-def write_whole(path: str | os.PathLike[str], text: str) -> Path:
-    """Writes a text file, or leaves the old one as it was.
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Writes a file (text as UTF-8), or leaves the old one as it was.
 
     Raises:
         OSError: It cannot be written. The error names the file even where the system does not (a full disk).
@@ -36,8 +36,8 @@ def write_whole(path: str | os.PathLike[str], text: str) -> Path:
     path = Path(path)
     aside = _aside(path)
     try:
-        with open(aside, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with open(aside, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode("utf-8"))
             file.flush()
             flush_to_disk(file.fileno())
         os.replace(aside, path)
