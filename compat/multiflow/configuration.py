@@ -287,6 +287,12 @@ def as_interpolant_config(section: object, where: str = "interpolant") -> Interp
     return _checked(InterpolantConfig, _as_data(section, InterpolantConfig, where), where)
 
 
+def as_section(kind: type[AnySection], section: object, where: str | None = None) -> AnySection:
+    """Gives a checked section of another kind for what a caller has as such; see `as_interpolant_config`."""
+    where = where or kind.__name__
+    return _checked(kind, _as_data(section, kind, where), where)
+
+
 def _section(
     config: DictConfig | Mapping[Any, Any], name: str, kind: type[AnySection], source: Path | None
 ) -> AnySection:
