@@ -10,22 +10,43 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ...errors import BadInput
+
 if TYPE_CHECKING:
     from .corruption import corrupt_batch
+    from .lightning_module import TrainingModule
     from .objective import LossNotFinite, losses
+    from .running import TrainingRun, train
     from .self_conditioning import self_condition
 
+_INSTALL = "pip install 'foldkernels[train]'"
 _HOMES = {
     "LossNotFinite": "objective",
     "corrupt_batch": "corruption",
     "losses": "objective",
     "self_condition": "self_conditioning",
+    "train": "running",
+    "TrainingModule": "lightning_module",
+    "TrainingRun": "running",
 }
 
-__all__ = ["LossNotFinite", "corrupt_batch", "losses", "self_condition"]
+__all__ = [
+    "LossNotFinite",
+    "TrainingModule",
+    "TrainingRun",
+    "corrupt_batch",
+    "losses",
+    "self_condition",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    try:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("pytorch_lightning", "lightning_fabric"):
+            raise
+        raise BadInput("training needs pytorch-lightning, which is not installed", _INSTALL) from error

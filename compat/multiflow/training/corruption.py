@@ -25,9 +25,7 @@ _NM_TO_ANGSTROM = 10.0
 _NUM_AMINO_ACIDS = 20
 
 
-def corrupt_batch(
-    batch: Mapping[str, Tensor], cfg: Any, *, generator: Generator | None = None
-) -> dict[str, Tensor]:
+def corrupt_batch(batch: Mapping[str, Tensor], cfg: Any, *, generator: Generator | None = None) -> dict[str, Tensor]:
     """Draws a time for each protein, and noises frames and residue types up to it.
 
     Numbers are drawn and noise is mixed in on the CPU, in the original's order, so that a seed gives the same batch on

@@ -16,10 +16,9 @@ from torch.nn import functional as F
 
 from ...errors import BadInput
 from ..backbone import atom37_from_trans_rot
-from ..configuration import as_section
 from ..residues import MASK
 from ..rotations import compose, rotation_vector
-from .settings import TrainingConfig
+from .settings import TrainingConfig, as_training_config
 
 _LARGEST = 5.0
 _NUM_BACKBONE_ATOMS = 3
@@ -60,7 +59,7 @@ def losses(
         BadInput: Something is missing in the batch, or an item has no residue that counts.
         LossNotFinite: A loss is NaN or infinite.
     """
-    settings = training_cfg if isinstance(training_cfg, TrainingConfig) else as_section(TrainingConfig, training_cfg)
+    settings = training_cfg if isinstance(training_cfg, TrainingConfig) else as_training_config(training_cfg)
     missing = [name for name in _CLEAN if name not in noisy_batch]
     if missing:
         raise BadInput(f"the batch lacks {', '.join(missing)}", "call corrupt_batch first")
