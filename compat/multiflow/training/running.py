@@ -333,6 +333,7 @@ def _quiet() -> Iterator[None]:
                 ".*smaller than the logging interval.*",
                 ".*isinstance.treespec, LeafSpec.*",
                 ".*GPU available but not used.*",
+                ".*You have overridden `on_before_batch_transfer`.*",
             ):
                 warnings.filterwarnings("ignore", message)
             yield
