@@ -67,7 +67,7 @@ def test_the_right_answer_costs_nothing() -> None:
 
 @pytest.mark.parametrize("t", [0.2, 0.7, 0.97])
 def test_the_value_of_a_shift(t: float) -> None:
-    """All CA moved by one Angstrom: 2 x (0.1 / (1 - t))^2 / 3, and 1 - t is never below 0.1; distances do not change."""
+    """CA moved by one Angstrom: 2 x (0.1 / (1 - t))^2 / 3, 1 - t being at least 0.1; distances do not change."""
     batch, settings = golden_batch()
     batch |= {name: torch.full((2, 1), t) for name in ("r3_t", "so3_t", "cat_t")}
     found = multiflow.losses(echo(batch, 1.0), batch, settings)
