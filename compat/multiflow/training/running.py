@@ -44,7 +44,7 @@ from .objective import LossNotFinite
 from .record import TrainingRecord
 from .run_config import RunConfig, read_run_config
 from .safe_checkpoints import SafeCheckpointIO, check_fits, read_training_checkpoint
-from .trainer_options import check_experiment, trainer_options
+from .trainer_arguments import check_experiment, trainer_options
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def train(
         out: The output folder; it is made. It must not hold another run.
         steps: Steps of the optimizer in all, in place of the config's `max_epochs` and `max_steps`.
         seed: In place of `experiment.seed`.
-        device: See `trainer_options.trainer_options`.
+        device: See `trainer_arguments.trainer_options`.
         kernel: See `multiflow.load`.
         command_line: The values of `--kernel`.
         resume: Goes on from ``out/last.ckpt``.
