@@ -12,7 +12,7 @@ from .options import Debug, Device, Json, Kernel
 from .reporting import print_json, reported
 
 if TYPE_CHECKING:
-    from ..compat.multiflow.training.running import TrainingRun
+    from ..compat.multiflow.training import TrainingRun
 
 NAME = "train"
 SUMMARY = "Train a Multiflow model on a folder of structures."

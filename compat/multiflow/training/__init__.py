@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from ...errors import BadInput
 
 if TYPE_CHECKING:
+    from ._lightning_module import TrainingModule
+    from ._running import TrainingRun, train
     from .corruption import corrupt_batch
-    from .lightning_module import TrainingModule
     from .objective import LossNotFinite, losses
-    from .running import TrainingRun, train
     from .self_conditioning import self_condition
 
 _INSTALL = "pip install 'foldkernels[train]'"
@@ -25,9 +25,9 @@ _HOMES = {
     "corrupt_batch": "corruption",
     "losses": "objective",
     "self_condition": "self_conditioning",
-    "train": "running",
-    "TrainingModule": "lightning_module",
-    "TrainingRun": "running",
+    "train": "_running",
+    "TrainingModule": "_lightning_module",
+    "TrainingRun": "_running",
 }
 
 __all__ = [

@@ -14,7 +14,7 @@ import torch
 
 from ..whole_files import write_whole
 
-Status = Literal["running", "complete", "interrupted", "failed"]
+Status = Literal["_running", "complete", "interrupted", "failed"]
 
 
 class TrainingRecord:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import pytorch_lightning as lightning
 from torch.utils.data import DataLoader, Sampler
 
-from .lightning_module import TrainingModule
+from ._lightning_module import TrainingModule
 
 Batches = DataLoader[Any]
 MakeBatches = Callable[[int, int, int], Batches]
@@ -19,7 +19,7 @@ MakeBatches = Callable[[int, int, int], Batches]
 class EpochSampler(Protocol):
     """A batch sampler whose epochs can be asked for: each gives the same batches whenever it is."""
 
-    def set_epoch(self, epoch: int) -> None: ...  # noqa: D102
+    def set_epoch(self, epoch: int) -> None: ...
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
 

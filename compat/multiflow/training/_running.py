@@ -37,14 +37,14 @@ from ...errors import BadInput
 from ..checkpoint import CONFIG_NAME, LIGHTNING_NAME, read_checkpoint
 from ..configuration import read_config
 from ..whole_files import write_whole
-from .batches import MakeBatches, TrainingData
-from .callbacks import LastCheckpoint, LossTable, StoppedByUser
-from .lightning_module import TrainingModule
+from ._batches import MakeBatches, TrainingData
+from ._callbacks import LastCheckpoint, LossTable, StoppedByUser
+from ._lightning_module import TrainingModule
+from ._safe_checkpoints import SafeCheckpointIO, check_fits, read_training_checkpoint
+from ._trainer_arguments import check_experiment, trainer_options
 from .objective import LossNotFinite
 from .record import TrainingRecord
 from .run_config import RunConfig, read_run_config
-from .safe_checkpoints import SafeCheckpointIO, check_fits, read_training_checkpoint
-from .trainer_arguments import check_experiment, trainer_options
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ def train(
 
     Args:
         config: A YAML file or its content; see `run_config.read_run_config`.
-        data: A folder of PDB and mmCIF files; or a function that makes the batches, see `batches.MakeBatches`.
+        data: A folder of PDB and mmCIF files; or a function that makes the batches, see `_batches.MakeBatches`.
         out: The output folder; it is made. It must not hold another run.
         steps: Steps of the optimizer in all, in place of the config's `max_epochs` and `max_steps`.
         seed: In place of `experiment.seed`.
-        device: See `trainer_arguments.trainer_options`.
+        device: See `_trainer_arguments.trainer_options`.
         kernel: See `multiflow.load`.
         command_line: The values of `--kernel`.
         resume: Goes on from ``out/last.ckpt``.
@@ -157,7 +157,7 @@ def train(
         )
         if trainer.is_global_zero:
             _write_config(settings, out, resume)
-            record.write("running")
+            record.write("_running")
         status, problem = "failed", None
         try:
             with _stopping(last):
