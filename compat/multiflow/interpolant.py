@@ -66,6 +66,12 @@ class Interpolant:
         """Samples on this device rather than on the model's; None goes back to the model's."""
         self._device = None if device is None else torch.device(device)
 
+    def corrupt_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Draws a time for each protein of a clean batch, and noises it; see `training.corruption.corrupt_batch`."""
+        from .training.corruption import corrupt_batch  # sampling needs none of it
+
+        return corrupt_batch(batch, self.cfg)
+
     def sample(
         self,
         num_batch: int,
