@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import pickle
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from foldkernels.compat.errors import BadInput
@@ -22,16 +24,18 @@ from foldkernels.compat.multiflow.dataset import (
     LengthBatchSampler,
     StructureDataset,
     as_data_config,
+    check_data,
     collate,
     training_batches,
 )
 from foldkernels.compat.multiflow.dataset.crops import draw_crop
 from foldkernels.compat.multiflow.dataset.filters import least_compact
-from foldkernels.compat.multiflow.residues import LETTERS, NAMES
+from foldkernels.compat.multiflow.residues import LETTERS, MASK, NAMES
 from foldkernels.compat.multiflow.structures import read_structure
 from foldkernels.configs.data import SamplerConfig
 
 PDB = Path(__file__).parent / "goldens" / "pdb" / "1odh.pdb"
+GOLDENS = Path(__file__).parent / "goldens" / "multiflow"
 FEATURES = {
     "res_mask": torch.float32,
     "diffuse_mask": torch.float32,
@@ -117,6 +121,51 @@ def test_an_item_has_the_frames_that_sampling_reads(folder: Path, settings: Call
     assert torch.equal(item["aatypes_1"], known.aatypes)
     assert torch.equal(item["res_idx"], known.residue_index)
     assert item["res_mask"].all()
+
+
+@pytest.mark.parametrize("examples", ["chains", "complexes"])
+def test_items_are_the_originals(folder: Path, settings: Callable[..., dict[str, Any]], examples: str) -> None:
+    """What Multiflow's own processing makes of the same files.
+
+    Two differences are meant: it takes modified residues for unknown ones, and a complex's water for residues that are
+    not there. `edited.pdb` has unknown residues at the ends and inside, insertion codes, a gap in the numbering, a
+    residue without CA.
+    """
+    shutil.copy(PDB, folder)
+    for path in (GOLDENS / "data").glob("*.pdb.gz"):
+        (folder / path.name.removesuffix(".gz")).write_bytes(gzip.decompress(path.read_bytes()))
+    golden = load_file(GOLDENS / "data" / "features.safetensors")
+    data = quiet(folder, settings(examples=examples, filter={"min_num_res": 2, "max_num_res": 400}))
+    compared = 0
+    for index, example in enumerate(data.examples):
+        known = {
+            name.rpartition("/")[2]: value for name, value in golden.items() if name.startswith(example.name + "/")
+        }
+        if not known:
+            assert examples == "complexes"
+            continue
+        compared += 1
+        item = data[index]
+        ours, theirs = item["res_mask"] > 0.5, known["res_mask"] > 0.5
+        if examples == "chains":
+            assert torch.equal(ours, theirs[: len(ours)])
+            assert not theirs[len(ours) :].any()
+        known, item = (
+            {name: value[theirs] for name, value in known.items()},
+            {name: value[ours] for name, value in item.items() if name != "csv_idx"},
+        )
+        centred = known["trans_1"] - known["trans_1"].mean(0)
+        torch.testing.assert_close(item["trans_1"], centred, rtol=0, atol=2e-5)
+        torch.testing.assert_close(item["rotmats_1"], known["rotmats_1"], rtol=0, atol=2e-5)
+        torch.testing.assert_close(item["res_plddt"], known["res_plddt"])
+        assert torch.equal(item["res_idx"], known["res_idx"].long())
+        modified = (known["aatypes_1"] == MASK) & (item["aatypes_1"] == LETTERS.index("M"))
+        assert torch.equal(item["aatypes_1"][~modified], known["aatypes_1"][~modified].long())
+        assert int(modified.sum()) == {"2qlw": 16 if examples == "complexes" else 8}.get(example.name[:4], 0)
+        same_chain = known["chain_idx"][:, None] == known["chain_idx"]
+        assert torch.equal(item["chain_idx"][:, None] == item["chain_idx"], same_chain)
+        assert set(item["chain_idx"].tolist()) == set(known["chain_idx"].tolist())
+    assert compared == {"chains": 5, "complexes": 1}[examples]
 
 
 def test_residues_without_a_frame(folder: Path, settings: Callable[..., dict[str, Any]]) -> None:
@@ -277,6 +326,9 @@ def test_nothing_to_train_on(folder: Path, tmp_path: Path, settings: Callable[..
         StructureDataset(folder, settings(filter={"min_num_res": 10}))
     assert "too short: 1\n  short.pdb:A: 3 residues, min_num_res is 10" in str(caught.value)
     assert "cannot be read: " in str(caught.value)
+    report = check_data(folder, settings(filter={"min_num_res": 10}))
+    assert (report.files, report.lengths) == (len(bad) + 1, ())
+    assert str(report).startswith(f"{folder}: {len(bad) + 1} files, 0 examples, 0 residues\nleft out: {len(bad) + 1}\n")
 
 
 def test_settings_are_checked() -> None:
@@ -543,7 +595,8 @@ def test_ranks_share_the_first_reading(folder: Path, settings: Callable[..., dic
 def test_an_account_of_the_folder(folder: Path, settings: Callable[..., dict[str, Any]]) -> None:
     for place, num_res in enumerate((5, 60, 62, 90)):
         (folder / f"{place}.pdb").write_text(chain_lines(num_res))
-    report = quiet(folder, settings(filter={})).report
+    report = check_data(folder, settings(filter={}))
+    assert report == quiet(folder, settings(filter={})).report
     assert report.files == 4
     assert report.reasons == {"too short": 1}
     histogram = report.histogram(4)

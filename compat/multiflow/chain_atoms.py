@@ -161,12 +161,15 @@ def _amino_acids(chain: Any) -> Iterator[tuple[Any, str]]:
 
 def _backbone_atoms(residue: Any) -> dict[str, Any]:
     """N, CA and C, all of the same alternative location: the one that is occupied most."""
+    first = {name: atom for name in ATOMS if (atom := residue.find_atom(name, "*")) is not None}
+    if not any(atom.has_altloc() for atom in first.values()):
+        return first
     candidates = [atom for atom in residue if atom.name in ATOMS]
     occupied: dict[str, float] = {}
     for atom in candidates:
         if atom.has_altloc():
             occupied[atom.altloc] = occupied.get(atom.altloc, 0.0) + atom.occ
-    best = max(occupied, key=lambda name: occupied[name], default=None)
+    best = max(occupied, key=lambda name: occupied[name])
     atoms: dict[str, Any] = {}
     for atom in sorted(candidates, key=lambda atom: (atom.has_altloc() and atom.altloc != best, -atom.occ)):
         atoms.setdefault(atom.name, atom)

@@ -10,9 +10,11 @@ import numpy as np
 
 from ....configs.data import DataConfig
 from ...errors import BadInput
+from ..progress import progress_bar
+from .files import structure_files
 from .filters import against_example, against_file, least_compact, radius_of_gyration
 from .parsed import ParsedFile, StructureCache
-from .report import Skipped
+from .report import DataReport, Skipped
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,44 @@ class Example:
     num_res: int
 
 
-class Reading:
+def read_folder(
+    folder: Path,
+    config: DataConfig,
+    cache: StructureCache,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool | None = None,
+) -> tuple[list[Example], DataReport]:
+    """Reads every structure file of a folder.
+
+    Args:
+        folder: The folder, or a single file.
+        config: The settings.
+        cache: Where what was read is kept.
+        rank: Number of this process; only the first shows progress.
+        world_size: Number of processes. Each begins at another place, and finds what the others have read meanwhile.
+        progress: False shows no progress bar.
+
+    Returns:
+        What is used, in the order of the files' names, and an account.
+
+    Raises:
+        BadInput: There is no such folder, or no structure file in it.
+    """
+    paths = structure_files(folder)
+    reading = _Reading(config, folder)
+    first = len(paths) * rank // world_size
+    with progress_bar("reading structures", len(paths), False if rank else progress) as advance:
+        for path in paths[first:] + paths[:first]:
+            reading.add(path, cache)
+            advance()
+    examples, skipped = reading.result(paths)
+    lengths = tuple(example.num_res for example in examples)
+    return examples, DataReport(str(folder), len(paths), lengths, tuple(skipped))
+
+
+class _Reading:
     """Collects what the files of a folder hold."""
 
     def __init__(self, config: DataConfig, folder: Path) -> None:
