@@ -80,9 +80,13 @@ def read_atoms(path: Path, wanted: Collection[str] | None = None) -> FileAtoms:
     """
     structure = _load(path)
     model = structure[0] if len(structure) else ()
-    chains = [_chain_atoms(path, chain) for chain in model if wanted is None or chain.name in wanted]
+    try:
+        chains = [_chain_atoms(path, chain) for chain in model if wanted is None or chain.name in wanted]
+        names = tuple(chain.name for chain in model)
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: a name in it is no text ({error.reason})") from error
     return FileAtoms(
-        names=tuple(chain.name for chain in model),
+        names=names,
         chains=tuple(chain for chain in chains if chain is not None),
         resolution=structure.resolution if structure.resolution > 0 else None,
     )
