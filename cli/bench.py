@@ -105,7 +105,7 @@ def run(
             "--budget",
             metavar="SECONDS",
             min=1.0,
-            help="Begin nothing that would not end within this time; what is left out is named.  [default: 240 where "
+            help="Measure nothing that would not end within this time; what is left out is named.  [default: 240 where "
             "neither OPERATION, --model nor --length says what to measure; else none]",
         ),
     ] = None,

@@ -199,7 +199,9 @@ _NUMBERS = ("ms", "low_ms", "high_ms", "fastest_ms", "ratio", "ratio_low", "rati
 def _row(data: Mapping[str, Any]) -> Row:
     """A row from JSON; what a later version may have added is left out."""
     known: dict[str, Any] = {name: value for name, value in data.items() if name in _FIELDS}
-    row = Row(**{**known, **{name: tuple(known[name]) for name in ("runs", "alike") if name in known}})
+    for name in ("runs", "alike"):
+        known[name] = tuple(known.get(name, ()))
+    row = Row(**known)
     for name in _TEXT:
         if not isinstance(getattr(row, name), str):
             raise TypeError(f"{name} is no text")
