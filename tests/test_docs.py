@@ -19,6 +19,7 @@ from markdown.extensions.toc import slugify
 from pydantic import ValidationError
 
 from foldkernels.cli.main import app
+from foldkernels.configs.data import DataConfig
 from foldkernels.configs.kernel import KernelConfig
 from foldkernels.configs.options import FoldkernelsConfig
 
@@ -251,11 +252,11 @@ def test_python_that_is_wrong_is_seen(tmp_path):
     assert len(report["wrong"]) == 3 and "ended with status" in report["wrong"][2]
 
 
-SECTIONS = {"kernel": KernelConfig, "foldkernels": FoldkernelsConfig}
+SECTIONS = {"kernel": KernelConfig, "foldkernels": FoldkernelsConfig, "data": DataConfig}
 
 
 def check_yaml(block: Block) -> None:
-    """A block parses, and what it says of our sections is what they may hold."""
+    """A block parses, and what it says of a section is what the section may hold."""
     content = yaml.safe_load(block.text)
     for name, model in SECTIONS.items():
         if isinstance(content, dict) and name in content:
@@ -279,6 +280,7 @@ def test_the_settings_of_the_pages_exist(root):
         "kernel: {preset: auto, fallback: loud}\n",
         "foldkernels:\n  enrichment: {block: pairformer, layers: 4}\n",
         "foldkernels: {esm: x}\n",
+        "data: {crop: {size: 256}}\n",
     ],
 )
 def test_settings_that_do_not_exist_are_seen(text):
