@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import accelerate, convert, doctor, explain, sample
+from . import accelerate, convert, doctor, explain, sample, train
 
 HELP = """Fast attention kernels for protein models, with the numbers of the model's own code.
 
@@ -25,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (sample, convert, explain, accelerate, doctor):
+for command in (sample, train, convert, explain, accelerate, doctor):
     app.command(
         command.NAME,
         short_help=command.SUMMARY,
