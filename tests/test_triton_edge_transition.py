@@ -14,8 +14,9 @@ import torch
 from foldkernels.kernels import chips, registry
 from foldkernels.kernels.edge_transition import _tiles as tiles
 
-from .support.edge_code import TYPES, compiled
+from .support.edge_code import compiled, variants
 from .support.triton_tools import CHIPS, Ask, interpreter, right, slow, usage, with_triton, wrong
+from .support.usage_table import cases, hold, read
 
 # Numbers --------------------------------------------------------------------------------------------------------------
 
@@ -104,52 +105,22 @@ def test_each_number_of_z_is_read_once(ask, n):
 
 # Code for each chip ---------------------------------------------------------------------------------------------------
 
-#: Chip, kernel -> bytes of shared memory a block, and bytes of stack a thread, as triton 3.7.1 makes of the
-#: published widths. The stack of the forward kernel on 9.0 is used before and after its loop over hidden columns, and
-#: not in it.
-CODE = {
-    (80, "forward"): (123_136, 0),
-    (80, "hidden"): (131_328, 0),
-    (80, "gradients"): (139_264, 0),
-    (89, "forward"): (86_144, 0),
-    (89, "hidden"): (90_240, 0),
-    (89, "gradients"): (94_208, 0),
-    (90, "forward"): (164_096, 296),
-    (90, "hidden"): (180_480, 88),
-    (90, "gradients"): (196_608, 32),
-    (100, "forward"): (196_848, 0),
-    (100, "hidden"): (205_040, 80),
-    (100, "gradients"): (213_104, 0),
-}
-#: What another release of Triton or ptxas may use beyond the table.
-SPARE = 64
-
-
-def _cases() -> Iterator[Any]:
-    for dtype in TYPES:
-        for arch, kernel in CODE:
-            quick = dtype == "bf16" and arch == 90
-            marks = [] if quick else [pytest.mark.slow]
-            yield pytest.param(arch, dtype, kernel, id=f"sm_{arch}-{dtype}-{kernel}", marks=marks)
-
-
-def test_the_table_is_whole():
-    assert set(CODE) == {(arch, kernel) for arch in CHIPS for kernel in tiles.KERNELS}
-    for (arch, _), (shared, _) in CODE.items():
-        assert shared <= chips.shared_memory(CHIPS[arch])
+#: Bytes of stack a thread. On 9.0 they are used before and after the loop over hidden columns, and not in it.
+STACK = 512
 
 
 @with_triton
-@pytest.mark.parametrize(("arch", "dtype", "kernel"), [*_cases()])
-def test_it_compiles_and_fits(arch, dtype, kernel, tmp_path):
+@pytest.mark.parametrize("variant", cases(variants()))
+def test_it_compiles_and_fits(variant, tmp_path):
     """Within the chip's shared memory and the table, and on the tensor cores."""
-    code = compiled(arch, kernel, dtype)
-    shared, registers, stack = usage(code, tmp_path)
-    print(f'({arch}, "{kernel}"): ({shared:_}, {stack}),  # {dtype}, {registers} registers')
-    assert shared <= chips.shared_memory(CHIPS[arch])
-    assert shared <= CODE[arch, kernel][0] and stack <= CODE[arch, kernel][1] + SPARE
+    code = variant.compile()
+    assert hold("edge_transition", variant, code, tmp_path).stack <= STACK
     products = {80: r"mma\.sync", 89: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
-    assert re.search(products[arch], code.asm["ptx"])
+    assert re.search(products[variant.arch], code.asm["ptx"])
+
+
+def test_every_variant_is_written_down():
+    assert read("edge_transition").keys() == {"triton", *map(str, variants())}
 
 
 @with_triton

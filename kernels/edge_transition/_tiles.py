@@ -10,6 +10,7 @@ import torch
 
 from ..chips import reasons_against_chip, reasons_against_type
 from ..requests import Reason, Request
+from ..tilings import with_halves
 
 
 class Tile(NamedTuple):
@@ -82,9 +83,9 @@ def chips(capability: tuple[int, int]) -> str:
     return MIDDLE if capability in ((8, 0), (8, 7)) else SMALL
 
 
-def tile_for(capability: tuple[int, int], kernel: str) -> Tile:
-    """The tile of one of `KERNELS`."""
-    return TILES[chips(capability)][KERNELS.index(kernel)]
+def tiles_for(capability: tuple[int, int], kernel: str) -> list[Tile]:
+    """The tiles that one of `KERNELS` may be tried in; the first is taken unless another was measured."""
+    return with_halves(TILES[chips(capability)][KERNELS.index(kernel)], ("rows",), ("block",), least=4)
 
 
 def reasons_against(request: Request) -> list[Reason]:

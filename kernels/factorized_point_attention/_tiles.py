@@ -10,6 +10,7 @@ import torch
 
 from ..chips import reasons_against_chip, reasons_against_type
 from ..requests import Reason, Request
+from ..tilings import with_halves
 
 
 class Tile(NamedTuple):
@@ -57,10 +58,18 @@ def chunks(columns: int, tile: Tile) -> tuple[int, int]:
     return wide, max(1, -(-columns // wide))
 
 
-def tile_for(capability: tuple[int, int] | None, kernel: str, dtype: torch.dtype) -> Tile:
-    """The tile of one of `KERNELS` on a chip; None is AMD's."""
+def tiles_for(capability: tuple[int, int] | None, kernel: str, dtype: torch.dtype) -> list[Tile]:
+    """The tiles that one of `KERNELS` may be tried in; the first is taken unless another was measured.
+
+    Args:
+        capability: The chip's compute capability; None is AMD's.
+        kernel: Which kernel.
+        dtype: The type of q.
+    """
     large = capability is not None and (9, 0) <= capability < (12, 0)
-    return TILES[LARGE if large else SMALL][_TYPES[dtype]][KERNELS.index(kernel)]
+    tile = TILES[LARGE if large else SMALL][_TYPES[dtype]][KERNELS.index(kernel)]
+    held = "queries" if kernel in ("forward", "queries") else "keys"
+    return with_halves(tile, (held,), ("keys" if held == "queries" else "queries",))
 
 
 def reasons_against(request: Request) -> list[Reason]:

@@ -10,6 +10,7 @@ import torch
 
 from ..chips import reasons_against_chip, reasons_against_type, shared_memory
 from ..requests import Reason, Request
+from ..tilings import with_halves
 
 
 class Plan(NamedTuple):
@@ -49,7 +50,7 @@ Tile = tuple[int, int, int, int]  # rows, columns, warps, stages
 Variant = tuple[str, str, bool]
 
 #: Bytes of shared memory a block -> kernel, type of z and way -> heads and channels of a tile -> the tile. Chosen by
-#: shared memory, registers and spills as compiled ahead of time (tests/goldens/triton/ipa_usage.json); nothing has been
+#: shared memory, registers and spills as compiled ahead of time (tests/goldens/triton); nothing has been
 #: timed. A size takes the next larger heads and channels, whose memory holds it.
 TABLE: Mapping[int, Mapping[Variant, Mapping[tuple[int, int], Tile]]] = {
     166_912: {
@@ -127,9 +128,7 @@ def plans_for(
             found.append(Plan(way, queries, keys, cell[0], warps, stages, max(1, cell[1] // CHUNK)))
     if not found:
         raise ValueError(f"the Triton kernels have no tile for {h} heads and pairs of {cz} in {dtype}")
-    first = found[0]
-    smaller = [first._replace(queries=first.queries // 2)] if first.queries > 1 else []
-    return [*found[:1], *smaller, *found[1:]]
+    return [*with_halves(found[0], ("queries",), least=1, fewest_warps=8), *found[1:]]
 
 
 def reasons_against(request: Request) -> list[Reason]:
