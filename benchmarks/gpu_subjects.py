@@ -11,18 +11,20 @@ Under `bfloat16` operations get tensors in bfloat16, layers and models run under
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from foldkernels.kernels import accuracy
+from foldkernels.kernels.accuracy import Ran
+from foldkernels.kernels.examples.builders import make, varied
+from foldkernels.kernels.examples.case import Case
 
 from . import multiflow_cpu, original_triangle
 from .multiflow_cpu import PUBLISHED
@@ -74,17 +76,6 @@ class Item:
         return " ".join(word for word in (*words, size, f"{self.gib:g} GiB" if self.gib else "") if word)
 
 
-@lru_cache
-def cases() -> ModuleType:
-    """`tests/kernel_cases.py` of this checkout; some packages install a `tests` of their own, which must not win."""
-    found = sys.modules.get("tests")
-    if found is None or str(ROOT / "tests") not in list(getattr(found, "__path__", [])):
-        tests = ModuleType("tests")
-        tests.__path__ = [str(ROOT / "tests")]
-        sys.modules["tests"] = tests
-    return importlib.import_module("tests.kernel_cases")
-
-
 @contextmanager
 def rounding(item: Item) -> Iterator[None]:
     """PyTorch's own switch for float32 products, as the item wants it."""
@@ -110,36 +101,51 @@ def of(item: Item) -> str:
 
 
 @lru_cache(maxsize=1)
-def published(operation: str, length: int, device: str) -> Any:
+def published(operation: str, length: int, device: str) -> Case:
     """The operation's case at the published widths, one item, nothing masked. The last one is kept: kernels share it.
 
-    An operation whose builder knows no such widths gets its widest.
+    An operation that nobody gave sizes for raises `NoExample`.
     """
-    here = cases()
-    for size in (here.PUBLISHED, 1):
-        try:
-            case = here.BUILDERS[operation](length, 1, False, size, seed=length)
-        except IndexError:
-            continue
-        values = {name: None if value is None else value.to(device) for name, value in case.values.items()}
-        return replace(case, values=values)
-    raise KeyError(operation)
+    case = make(operation, length, seed=length)
+    values = {name: None if value is None else value.to(device) for name, value in case.values.items()}
+    return replace(case, values=values)
+
+
+@lru_cache(maxsize=256)
+def varied_case(operation: str, n: int, variant: str, size: int, **more: Any) -> Case:
+    """A point of the contract's grid: `plain` is one item without masks, any other three, each with its own mask."""
+    return varied(operation, n, 1 if variant == "plain" else 3, variant != "plain", size, seed=n, **more)
+
+
+@lru_cache(maxsize=64)
+def truth_and_plain(
+    operation: str,
+    n: int,
+    variant: str,
+    size: int,
+    dtype: torch.dtype,
+    device: str,
+    more: tuple[tuple[str, Any], ...] = (),
+) -> tuple[Ran, Ran]:
+    """Kept, because every kernel of the operation is compared with them."""
+    case = varied_case(operation, n, variant, size, **dict(more))
+    return accuracy.truth_and_plain(case, dtype, variant, device)
 
 
 @contextmanager
 def operation(item: Item, device: str) -> Iterator[Callable[[], object]]:
     """The call of one kernel; under `step` with every gradient."""
-    here, case = cases(), published(of(item), item.length, device)
+    case = published(of(item), item.length, device)
     step = item.mode == "step"
     x: dict[str, Any] = {}
     for name, value in case.values.items():
         if value is not None and value.is_floating_point():
-            value = value.to(here.given_dtype(case, name, item.dtype), copy=True)
+            value = value.to(accuracy.given_dtype(case, name, item.dtype), copy=True)
             value.requires_grad_(step and name not in case.constants)
         x[name] = value
     wanted = [value for value in x.values() if value is not None and value.requires_grad]
     settings = {"precision": "tf32" if item.precision == "tf32" else "float32"}
-    with rounding(item), here.required(case.operation, item.side, **settings) as config:
+    with rounding(item), accuracy.required(case.operation, item.side, **settings) as config:
         cotangents: list[Tensor] = []
 
         def run() -> object:
@@ -157,26 +163,24 @@ def operation(item: Item, device: str) -> Iterator[Callable[[], object]]:
 def check_operation(item: Item, device: str, n: int, variant: str, size: int, **more: Any) -> dict[str, Any]:
     """Forward and every gradient against float64 by the contract's rule, and whether a second run gives the same bits.
 
-    A plain assertion of `kernel_cases` that fails is the words of a red check.
+    What fails is in the words of a red check.
     """
-    here = cases()
     dtype = item.dtype
-    case = here.build(of(item), n, variant, size, **more)
-    truth, plain = here.truth_and_plain(of(item), n, variant, size, dtype, device, tuple(more.items()))
-    got, again = (here.run(case, item.side, dtype, variant=variant, device=device) for _ in range(2))
-    named = {**{f"output {i}": x for i, x in enumerate(truth.outputs)}, **truth.gradients}
-    ours = {**{f"output {i}": x for i, x in enumerate(got.outputs)}, **got.gradients}
-    errors = {name: here.error(ours[name], x) / max(float(x.abs().max()), 1e-30) for name, x in named.items()}
+    case = varied_case(of(item), n, variant, size, **more)
+    truth, plain = truth_and_plain(of(item), n, variant, size, dtype, device, tuple(more.items()))
+    got, again = (accuracy.run(case, item.side, dtype, variant=variant, device=device) for _ in range(2))
+    true, ours = truth.named(), got.named()
+    errors = {name: accuracy.error(ours[name], x) / max(float(x.abs().max()), 1e-30) for name, x in true.items()}
     worst = max((name for name in errors if "output" in name), key=errors.__getitem__)
     result = {
         "correct": True,
         "check": f"n={n} {variant}: {worst} off by {errors[worst]:.1e} of its largest value",
         "error": errors[worst],
-        "repeatable": all(map(torch.equal, got.outputs, again.outputs))
-        and all(torch.equal(x, again.gradients[name]) for name, x in got.gradients.items()),
+        "repeatable": all(torch.equal(x, again.named()[name]) for name, x in ours.items()),
     }
     try:
-        here.assert_all_as_good(got, plain, truth, dtype)
+        for verdict in accuracy.judge(got, plain, truth, dtype):
+            assert verdict.passed, str(verdict)
         for out, gone in zip(got.outputs, case.gone_outputs, strict=True):
             assert gone is None or not out.cpu()[gone].any(), "a row in which nothing takes part is not zero"
     except AssertionError as wrong:
@@ -187,7 +191,8 @@ def check_operation(item: Item, device: str, n: int, variant: str, size: int, **
 def forget() -> None:
     """Let go of cases and of what they gave: their memory is not that of what is measured next."""
     published.cache_clear()
-    cases().truth_and_plain.cache_clear()
+    varied_case.cache_clear()
+    truth_and_plain.cache_clear()
 
 
 # Layers and the model -------------------------------------------------------------------------------------------------

@@ -19,6 +19,10 @@ from typing import Any
 
 import torch
 
+from foldkernels.kernels.accuracy import reasons
+from foldkernels.kernels.examples.builders import PUBLISHED, has_example
+from foldkernels.kernels.examples.case import Case
+
 from . import gpu_subjects, measure
 from .gpu_subjects import SAMPLING_STEPS, Item
 
@@ -36,6 +40,19 @@ def long_case(operation: str) -> Any:
 
     case = gpu_subjects.published(operation, 16, "cpu")
     return replace(case, dims={**case.dims, registry.operations()[operation].length: 4096})
+
+
+def every_kernel() -> list[tuple[str, str]]:
+    """Every kernel that there are inputs for."""
+    from foldkernels.kernels import registry
+
+    operations = sorted(filter(has_example, registry.operations()))
+    return [(operation, kernel) for operation in operations for kernel in sorted(registry.kernels(operation))]
+
+
+def why_not(case: Case, kernel: str, dtype: torch.dtype, device: str) -> str:
+    """Every reason against a kernel, empty if it can run."""
+    return "; ".join(str(reason) for reason in reasons(case, kernel, dtype, device))
 
 
 class Worker:
@@ -56,12 +73,11 @@ class Worker:
         from foldkernels.configs.presets import PRESETS
         from foldkernels.kernels import registry
 
-        here = gpu_subjects.cases()
         kernels: dict[str, dict[str, dict[str, str]]] = {}
-        for operation, kernel in here.kernels():
+        for operation, kernel in every_kernel():
             case = long_case(operation)
             kernels.setdefault(operation, {})[kernel] = {
-                precision: here.why_not(case, kernel, Item("", precision=precision).dtype, self.device)
+                precision: why_not(case, kernel, Item("", precision=precision).dtype, self.device)
                 for precision in ("bfloat16", "float32")
             }
         presets: dict[tuple[Any, ...], str] = {}
@@ -123,25 +139,20 @@ class Worker:
         """At the published widths, before anything is timed."""
         if not item.subject.startswith("operation."):
             return gpu_subjects.check_layer(item, self.device)
-        here = gpu_subjects.cases()
-        try:
-            here.build(gpu_subjects.of(item), item.length, "masked", here.PUBLISHED)
-            size = here.PUBLISHED
-        except IndexError:
-            size = 1
         with gpu_subjects.rounding(item), _poisoned():
-            return gpu_subjects.check_operation(item, self.device, item.length, "masked", size)
+            return gpu_subjects.check_operation(item, self.device, item.length, "masked", PUBLISHED)
 
     def grid(self, item: Item) -> dict[str, Any]:
         """The contract's odd sizes, masks and layouts, thinned."""
-        here, found = gpu_subjects.cases(), {"correct": True, "check": "", "error": 0.0, "repeatable": True}
+        found: dict[str, Any] = {"correct": True, "check": "", "error": 0.0, "repeatable": True}
         operation, served = gpu_subjects.of(item), 0
         points: list[tuple[int, str, dict[str, Any]]] = [(*point, {}) for point in (QUICK_GRID if self.quick else GRID)]
         if operation == "invariant_point_attention":
             points.append((33, "masked", {"away": 100.0}))
         for n, variant, more in points:
             for size in (0, 1):
-                if here.why_not(here.build(operation, n, variant, size, **more), item.side, item.dtype, self.device):
+                case = gpu_subjects.varied_case(operation, n, variant, size, **more)
+                if why_not(case, item.side, item.dtype, self.device):
                     continue
                 with _poisoned():
                     got = gpu_subjects.check_operation(item, self.device, n, variant, size, **more)
@@ -156,7 +167,7 @@ class Worker:
 
     def time(self, item: Item) -> dict[str, Any]:
         """Median and spread of a call, and what it adds to memory."""
-        gpu_subjects.cases().truth_and_plain.cache_clear()
+        gpu_subjects.truth_and_plain.cache_clear()
         if not item.subject.startswith("operation."):
             gpu_subjects.forget()
         with gpu_subjects.prepared(item, self.device) as run:

@@ -10,7 +10,7 @@ import os
 import pkgutil
 import threading
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..configs.presets import candidates
 from ..configs.resolve import ENVIRONMENT_VARIABLE, resolve_kernel
 from . import machine
 from .requests import Decision, Dims, Kernel, KernelFunction, Operation, Reason, Request
+from .tensors import under_autocast
 
 ENTRY_POINT_GROUP = "foldkernels.kernels"
 
@@ -161,7 +162,7 @@ def decide(request: Request, config: Any = None, on: machine.Machine | None = No
     """
     settings = config if isinstance(config, KernelConfig) else resolve_kernel(config).config
     known = kernels(request.operation)
-    required = settings.required(request.operation)
+    required = _demanded.get(request.operation) or settings.required(request.operation)
     source = f"required by {request.operation}: {required}" if required else f"preset {settings.preset}"
     names = (required,) if required else candidates(settings.preset, request.operation, request.device)
     rejected: list[tuple[str, tuple[Reason, ...]]] = []
@@ -203,6 +204,7 @@ _decided: dict[tuple[Any, ...], str] = {}
 _fused: dict[tuple[Any, ...], bool] = {}
 _thresholds: dict[str, tuple[int, ...]] = {}
 _recorders: list[list[str]] = []
+_demanded: dict[str, str] = {}
 
 
 @lru_cache(maxsize=256)
@@ -249,11 +251,8 @@ def thresholds(operation: str) -> tuple[int, ...]:
 
 def floating_type(like: Tensor) -> torch.dtype:
     """The type that `like` is computed in: its own, or what autocast makes of it."""
-    device = like.device.type
-    # A device without autocast (meta) must not be asked.
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return like.dtype if like.dtype is torch.float64 else torch.get_autocast_dtype(device)
-    return like.dtype
+    dtype = like.dtype
+    return torch.get_autocast_dtype(like.device.type) if dtype is not torch.float64 and under_autocast(like) else dtype
 
 
 def _fixed(dims: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
@@ -285,7 +284,36 @@ def function_for(
     Raises:
         KernelUnavailable: See `decide`.
     """
-    name = _chosen(
+    if torch.compiler.is_compiling():
+        # Who is recording is not asked: a compiled graph would depend on it, and be made again for each.
+        name = _choose(operation, like, dims, length, grad, config, options)
+    else:
+        # One look-up, of what is at hand: forwards of small proteins make thousands of these calls a second.
+        device, dtype, reached = like.device, floating_type(like), length_class(operation, length)
+        key = (operation, config or _token(config), device, dtype, grad, reached, tuple(dims.items()), tuple(options))
+        try:
+            name = _decided[key]
+        except (KeyError, TypeError):
+            name = _choose(operation, like, dims, length, grad, config, options)
+            with suppress(TypeError):  # sizes that a tracer made symbols cannot be looked up
+                _decided[key] = name
+        for recorder in _recorders:
+            recorder.append(name)
+    function: KernelFunction = getattr(_loaded, name)
+    return function
+
+
+def _choose(
+    operation: str,
+    like: Tensor,
+    dims: Mapping[str, int],
+    length: int,
+    grad: bool,
+    config: str,
+    options: Collection[str],
+) -> str:
+    """What `_chosen` says of a call."""
+    return _chosen(
         operation,
         config,
         like.device.type,
@@ -297,12 +325,6 @@ def function_for(
         _fixed(dims),
         tuple(sorted(options)),
     )
-    # In this order: a compiled graph would depend on who is recording, and be made again for each.
-    if not torch.compiler.is_compiling() and _recorders:
-        for recorder in _recorders:
-            recorder.append(name)
-    function: KernelFunction = getattr(_loaded, name)
-    return function
 
 
 @torch.compiler.assume_constant_result
@@ -319,7 +341,7 @@ def _chosen(
     options: tuple[str, ...],
 ) -> str:
     """The name under which the kernel stands in `_loaded`; Dynamo runs this while tracing and keeps the answer."""
-    key = (operation, _token(config), device, index, dtype, grad, compiled, length, dims, options)
+    key = (operation, config or _token(config), device, index, dtype, grad, compiled, length, dims, options)
     name = _decided.get(key)
     if name is None:
         decision = _decision(*key)
@@ -335,7 +357,10 @@ def _chosen(
 
 def _token(config: str) -> str:
     """A module's token, or the environment's where the module has none."""
-    return config or _environment_token(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+    if config:
+        return config
+    # Asked for in this order, as a variable that is not set is slow to get.
+    return _environment_token(os.environ[ENVIRONMENT_VARIABLE] if ENVIRONMENT_VARIABLE in os.environ else "")  # noqa: SIM401
 
 
 def _request(
@@ -427,6 +452,30 @@ def _common(
         except KernelUnavailable:
             _fused[key] = False
     return _fused[key]
+
+
+@contextmanager
+def require(operation: str, kernel: str) -> Iterator[None]:
+    """Inside, `kernel` runs `operation` or nothing does, whatever a configuration says, and in every thread.
+
+    For checks and measurements of operations that a configuration has no word for.
+
+    Args:
+        operation: Its name.
+        kernel: The kernel's name.
+    """
+    global _decided, _fused
+    before = (_decided, _fused, _demanded.get(operation))
+    _decided, _fused = {}, {}
+    _demanded[operation] = kernel
+    try:
+        yield
+    finally:
+        _decided, _fused, previous = before
+        if previous is None:
+            del _demanded[operation]
+        else:
+            _demanded[operation] = previous
 
 
 @contextmanager

@@ -8,7 +8,11 @@ from torch import Tensor
 
 def any_requires_grad(*tensors: Tensor | None) -> bool:
     """Whether a backward pass through any of `tensors` may follow."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # a generator would cost more than the rest of a look-up
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def widest(*tensors: Tensor) -> torch.dtype:
@@ -19,10 +23,15 @@ def widest(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def without_autocast(like: Tensor) -> AbstractContextManager[object]:
-    """Compute what stands inside in the types that it is given. A device that has no autocast (meta) does so anyway."""
+def under_autocast(like: Tensor) -> bool:
+    """Whether autocast is on for the device of `like`. A device without autocast (meta) must not be asked."""
     device = like.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[object]:
+    """Compute what stands inside in the types that it is given. Where autocast is off already, this costs nothing."""
+    return torch.autocast(like.device.type, enabled=False) if under_autocast(like) else nullcontext()
 
 
 def item_masks(mask: Tensor | None, items: int) -> list[Tensor | None]:

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from foldkernels.compat import esm
 from foldkernels.compat.errors import BadInput
+from foldkernels.kernels.accuracy import required
 from foldkernels.kernels.attention import attention_maps
 from foldkernels.kernels.binding import bind
 from foldkernels.kernels.registry import KernelUnavailable, record_kernels
 from foldkernels.modules.esm2 import ESM2
 from foldkernels.modules.esm_alphabet import Alphabet
 from foldkernels.modules.length_groups import Group, groups_of
-
-from .kernel_cases import required
 
 GOLDENS = Path(__file__).resolve().parent / "goldens"
 TINY = GOLDENS / "esm" / "esm2_t3_tiny.pt"

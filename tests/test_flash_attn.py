@@ -15,12 +15,12 @@ from torch import Tensor
 from foldkernels.kernels import machine, registry
 from foldkernels.kernels.attention import flash_attn as kernel
 from foldkernels.kernels.attention import reference
+from foldkernels.kernels.examples.draws import Draws
 from foldkernels.kernels.flash_attn import Packing
 from foldkernels.kernels.machine import Machine
 from foldkernels.kernels.requests import Dims, Request
 
 from .stand_ins import flash_attn as stand_in
-from .triangle_cases import Draws
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 GPU = Machine("a GPU", "cuda", (8, 0), packages={"torch": "2.13.0", "flash-attn": "2.8.3"})

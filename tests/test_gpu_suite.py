@@ -219,7 +219,7 @@ def test_what_an_item_raises_is_its_answer():
     found = worker.answer(worker.Worker("cpu", True), Item("time", "operation.edge_transition", "nobody", "float32"))
     assert "no kernel 'nobody'" in found.get("skipped", "")
     found = worker.answer(worker.Worker("cpu", True), Item("time", "operation.nothing", "torch", "float32", length=4))
-    assert found["raised"].startswith("KeyError") and asdict(Item("time"))["what"] == "time"
+    assert found["raised"].startswith("NoExample") and asdict(Item("time"))["what"] == "time"
 
 
 class Event:

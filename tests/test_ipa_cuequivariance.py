@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foldkernels.kernels import blocks, registry
+from foldkernels.kernels import accuracy, blocks, registry
 from foldkernels.kernels.invariant_point_attention import cuequivariance as kernel
 from foldkernels.kernels.invariant_point_attention import reference
 from foldkernels.kernels.machine import MACHINES
@@ -27,7 +27,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 NAMES = "q k v q_points k_points v_points point_weights z bias_weight mask pair_mask".split()
 #: What an error may be beyond twice plain PyTorch's, as a part of the largest value, and by how much that is exceeded.
 FLOOR = {F32: 1e-6, BF16: 2e-3, F16: 2e-3}
-EXCEEDS = {BF16: kernel_cases.EXCEEDS["invariant_point_attention", "cuequivariance", BF16]}
+EXCEEDS = {BF16: accuracy.EXCEEDS["invariant_point_attention", "cuequivariance", BF16]}
 
 
 @pytest.fixture(autouse=True)

@@ -14,11 +14,13 @@ from torch import Tensor
 from foldkernels.compat import multiflow
 from foldkernels.kernels import invariant_point_attention as ipa
 from foldkernels.kernels import machine
+from foldkernels.kernels.accuracy import required
 from foldkernels.kernels.binding import bind
+from foldkernels.kernels.examples.case import Case
 from foldkernels.modules.invariant_point_attention import InvariantPointAttention
 from foldkernels.modules.rigid import Rigid
 
-from .kernel_cases import Case, build, operations, required
+from .kernel_cases import build, operations
 
 BFLOAT16 = torch.bfloat16
 GOLDENS = Path(__file__).parent / "goldens" / "multiflow"

@@ -17,7 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from foldkernels.configs.kernel import KernelConfig
 from foldkernels.configs.presets import candidates
 from foldkernels.kernels import registry
+from foldkernels.kernels.accuracy import required
 from foldkernels.kernels.binding import bind
+from foldkernels.kernels.examples.builders import DROPOUTS
+from foldkernels.kernels.examples.case import Case
 from foldkernels.kernels.neighbours import nearest_neighbours
 from foldkernels.kernels.requests import Reason, Request
 from foldkernels.modules.edge_features import EdgeFeatureNet
@@ -29,7 +32,7 @@ from foldkernels.modules.sequence_transformer import SequenceTransformer
 from foldkernels.modules.structure import BackboneUpdate, StructureModuleTransition, TorsionAngles
 from foldkernels.modules.trunk import Trunk
 
-from .kernel_cases import DROPOUTS, Case, build, operations, required
+from .kernel_cases import build, operations
 
 # Compiling costs seconds, the same for each length that is new: of what users get in the end, inductor's code, one test
 # that is slow tells; the others stop at the graph.

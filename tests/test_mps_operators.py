@@ -26,7 +26,9 @@ from torch.utils._pytree import tree_leaves
 
 from foldkernels.compat import multiflow
 from foldkernels.compat.multiflow.interpolant import Interpolant
+from foldkernels.kernels.accuracy import required
 from foldkernels.kernels.binding import bind
+from foldkernels.kernels.examples.builders import DROPOUTS
 from foldkernels.modules.edge_features import EdgeFeatureNet
 from foldkernels.modules.edge_transition import EdgeTransition
 from foldkernels.modules.esm2 import ESM2
@@ -34,7 +36,7 @@ from foldkernels.modules.invariant_point_attention import InvariantPointAttentio
 from foldkernels.modules.rigid import Rigid
 from foldkernels.modules.sequence_transformer import SequenceTransformer
 
-from .kernel_cases import DROPOUTS, build, operations, required
+from .kernel_cases import build, operations
 
 GOLDENS = Path(__file__).parent / "goldens" / "multiflow"
 #: Operators that need no MPS kernel, each with the reason why.

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,6 +44,7 @@ from foldkernels.kernels.registry import (
     token,
 )
 from foldkernels.kernels.requests import Decision, Dims, Kernel, Operation, Reason, Request
+from foldkernels.kernels.tensors import under_autocast, without_autocast
 
 from .support.goldens import batch_of, small_model
 from .support.standins import from_16_on, load_a, load_b, refuses, restored, run_a, run_b, serves, stand_in
@@ -429,6 +431,28 @@ def test_register_takes_a_record_or_its_fields() -> None:
     stand_in("mine", refuses)
     with pytest.raises(KernelUnavailable):
         function_for("attention", x, **look_up)
+
+
+def test_a_tracer_may_make_symbols_of_the_sizes() -> None:
+    """A table cannot hold those: the choice is made again, and is the same."""
+    x = torch.randn(2, 5, 3, 4)
+    config = token(KernelConfig(attention="torch"))
+    traced = make_fx(lambda q: attention(q, q, q, config=config), tracing_mode="symbolic")(x)
+    torch.testing.assert_close(traced(x), attention(x, x, x, config=config))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_autocast_is_left_alone_where_it_is_off(device: str) -> None:
+    """Turning it off costs more than a look-up; a device that has none must not be asked to."""
+    x = torch.empty(2, 3, device=device)
+    with without_autocast(x) as context:
+        assert context is None and not under_autocast(x)
+    if device == "cpu":
+        with torch.autocast("cpu"):
+            assert under_autocast(x)
+            with without_autocast(x):
+                assert not under_autocast(x)
+            assert under_autocast(x)
 
 
 def test_the_restored_registry_has_no_stand_ins() -> None:

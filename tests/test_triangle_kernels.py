@@ -4,6 +4,7 @@
 same. What holds for every kernel of every operation is in `test_kernel_contract.py`.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -18,14 +19,16 @@ from foldkernels.kernels import biased_attention, blocks
 from foldkernels.kernels import triangle_attention_update as update
 from foldkernels.kernels.attention_pair_bias import PairProjection, attention_pair_bias, pair_bias
 from foldkernels.kernels.custom import NoDoubleBackward
+from foldkernels.kernels.examples.builders import varied
+from foldkernels.kernels.examples.case import Case
+from foldkernels.kernels.examples.draws import Draws
 from foldkernels.kernels.registry import record_kernels, token
 from foldkernels.kernels.triangle_attention import triangle_attention
 from foldkernels.kernels.triangle_multiplication import Weights, _channels, triangle_multiplication
 
 from .support.triangle import LAYOUTS, golden, leaves_of, run, worst
-from .triangle_cases import BUILDERS, Draws
 
-OPERATIONS = sorted(BUILDERS)
+OPERATIONS = ["attention_pair_bias", "triangle_attention", "triangle_attention_update", "triangle_multiplication"]
 KERNELS = ("reference", "torch")
 each_operation = pytest.mark.parametrize("operation", OPERATIONS)
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
@@ -37,11 +40,11 @@ def words(operation: str, kernel: str) -> str:
     return token(KernelConfig.model_validate({"preset": kernel, name: kernel}))
 
 
-def called(case: Mapping[str, Any], kernel: str) -> Any:
+def called(case: Case, kernel: str) -> Any:
     def function(x: Mapping[str, Any]) -> Tensor:
         with record_kernels() as ran:
-            (out,) = case["call"](x, words(case["operation"], kernel))
-        assert ran == [f"{case['operation']}: {kernel}"]
+            (out,) = case.call(x, words(case.operation, kernel))
+        assert ran == [f"{case.operation}: {kernel}"]
         return out
 
     return function
@@ -66,7 +69,7 @@ def poisoned():
 @each_operation
 def test_streamed_is_the_definition(operation, n, layout, poisoned):
     """Forward and every gradient, in float64, however the inputs lie; several masks, one item empty."""
-    case = BUILDERS[operation](n, 3, True, 0, n)
+    case = varied(operation, n, 3, True, 0, n)
     truth = run(case, called(case, "reference"), leaves_of(case, torch.float64, layout))
     got = run(case, called(case, "torch"), leaves_of(case, torch.float64, layout))
     error, name = worst(got, truth)
@@ -77,12 +80,12 @@ def test_streamed_is_the_definition(operation, n, layout, poisoned):
 @each_operation
 def test_streamed_is_as_good_as_the_definition(operation, dtype, poisoned):
     """In float32 and bfloat16: at most twice the definition's own error, plus the floor."""
-    case = BUILDERS[operation](13, 2, True, 1, 3)
+    case = varied(operation, 13, 2, True, 1, 3)
     values = {
         name: value if value is None or not value.is_floating_point() else value.to(dtype).double()
-        for name, value in case["values"].items()
+        for name, value in case.values.items()
     }
-    rounded = {**case, "values": values}
+    rounded = dataclasses.replace(case, values=values)
     truth = run(rounded, called(case, "reference"), leaves_of(rounded, torch.float64))
     plain = run(rounded, called(case, "reference"), leaves_of(rounded, dtype))
     got = run(rounded, called(case, "torch"), leaves_of(rounded, dtype))
@@ -97,7 +100,7 @@ def test_streamed_is_as_good_as_the_definition(operation, dtype, poisoned):
 @each_operation
 def test_blocks_of_any_size(operation, pairs, monkeypatch, poisoned):
     """A few logits at a time: rows one by one, and queries of a row in several goes."""
-    case = BUILDERS[operation](12, 2, True, 0, 5)
+    case = varied(operation, 12, 2, True, 0, 5)
     truth = run(case, called(case, "reference"), leaves_of(case, torch.float64))
     monkeypatch.setattr(blocks, "_PAIRS_PER_THREAD", dict.fromkeys((torch.float64,), pairs))
     monkeypatch.setattr(biased_attention, "_LOGITS_PER_PAIR", 20)
@@ -109,7 +112,7 @@ def test_blocks_of_any_size(operation, pairs, monkeypatch, poisoned):
 @each_operation
 def test_gradients_by_finite_differences(operation, kernel):
     for n in (2, 3):
-        case = BUILDERS[operation](n, 2, True, 0, n)
+        case = varied(operation, n, 2, True, 0, n)
         x = leaves_of(case, torch.float64)
         names = [name for name, value in x.items() if value is not None and value.requires_grad]
 
@@ -123,7 +126,7 @@ def test_gradients_by_finite_differences(operation, kernel):
 @each_operation
 def test_nothing_is_changed_and_nothing_is_shared(operation, kernel):
     """Inputs stay as they are, and an output that a caller writes to is nobody else's."""
-    case = BUILDERS[operation](6, 2, True, 0, 1)
+    case = varied(operation, 6, 2, True, 0, 1)
     x = leaves_of(case, torch.float32)
     before = {name: value.detach().clone() for name, value in x.items() if value is not None}
     with torch.no_grad():
@@ -136,7 +139,7 @@ def test_nothing_is_changed_and_nothing_is_shared(operation, kernel):
 @each_operation
 def test_under_autocast(operation):
     """bfloat16 in, out and inside, whichever kernel runs, and gradients in the type of what they belong to."""
-    case = BUILDERS[operation](9, 2, True, 1, 2)
+    case = varied(operation, 9, 2, True, 1, 2)
     x = leaves_of(case, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outs = {kernel: called(case, kernel)(x) for kernel in KERNELS}
@@ -150,7 +153,7 @@ def test_under_autocast(operation):
 
 @each_operation
 def test_a_second_derivative_is_refused_with_the_way_out(operation):
-    case = BUILDERS[operation](4, 1, True, 0, 4)
+    case = varied(operation, 4, 1, True, 0, 4)
     x = leaves_of(case, torch.float64)
     first = next(value for value in x.values() if value is not None and value.requires_grad)
     (gradient,) = torch.autograd.grad(called(case, "torch")(x).sum(), first, create_graph=True)
@@ -166,7 +169,7 @@ def test_a_second_derivative_is_refused_with_the_way_out(operation):
 @each_operation
 def test_operators_are_what_they_claim(operation):
     """Fake tensors, autograd registration, schemas."""
-    case = BUILDERS[operation](5, 2, True, 0, 5)
+    case = varied(operation, 5, 2, True, 0, 5)
     x = leaves_of(case, torch.float32)
     seen: list[tuple[Any, tuple[Any, ...]]] = []
 
@@ -253,9 +256,9 @@ def _call_multiplication(x, config):
 @each_kernel
 def test_ending_node_is_starting_node_on_the_transpose(kernel):
     """With an asymmetric mask, in value and in gradient; and the direction matters."""
-    case = BUILDERS["triangle_attention_update"](7, 2, True, 0, 7)
+    case = varied("triangle_attention_update", 7, 2, True, 0, 7)
     config, x = words("triangle_attention", kernel), leaves_of(case, torch.float64)
-    weights = update.Weights(*(x[name] for name in list(case["values"])[2:]))
+    weights = update.Weights(*(x[name] for name in list(case.values)[2:]))
     z, mask = x["z"], x["mask"]
     assert z is not None and mask is not None and not torch.equal(mask, mask.transpose(1, 2))
     ending = update.triangle_attention_update(z, mask, weights, ending=True, config=config)
@@ -272,9 +275,9 @@ def test_ending_node_is_starting_node_on_the_transpose(kernel):
 @each_kernel
 def test_incoming_is_outgoing_on_the_transpose_of_the_factors(kernel):
     """With the mask transposed as well, and both factors' roles kept: the gate outside sees z as it is."""
-    case = BUILDERS["triangle_multiplication"](6, 1, True, 0, 6)
+    case = varied("triangle_multiplication", 6, 1, True, 0, 6)
     x = leaves_of(case, torch.float64)
-    weights, config = Weights(*(x[name] for name in list(case["values"])[2:])), words("triangle_multiplication", kernel)
+    weights, config = Weights(*(x[name] for name in list(case.values)[2:])), words("triangle_multiplication", kernel)
     z = x["z"] + x["z"].transpose(1, 2)  # symmetric, so that only the mask tells the directions apart
     mask = x["mask"]
     incoming = triangle_multiplication(z, mask, weights, "incoming", config=config)
@@ -286,26 +289,26 @@ def test_incoming_is_outgoing_on_the_transpose_of_the_factors(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_rows_without_keys_are_zero_and_pass_nothing(kernel):
     for operation in ("triangle_attention", "attention_pair_bias"):
-        case = BUILDERS[operation](8, 2, True, 0, 2)
+        case = varied(operation, 8, 2, True, 0, 2)
         x = leaves_of(case, torch.float64)
         got = run(case, called(case, kernel), x)
-        (gone,) = case["gone_outputs"]
+        (gone,) = case.gone_outputs
         assert gone.any() and not got["out"][gone].any() and got["out"][~gone].any()
-        for name, places in case["gone_values"].items():
+        for name, places in case.gone_values.items():
             assert not got[name][places].any(), name
 
 
 @each_kernel
 def test_what_masked_keys_hold_is_not_seen(kernel):
     for operation in ("triangle_attention", "attention_pair_bias"):
-        case = BUILDERS[operation](9, 2, True, 0, 2)
-        values = dict(case["values"])
-        for name, places in case["hidden"].items():
+        case = varied(operation, 9, 2, True, 0, 2)
+        values = dict(case.values)
+        for name, places in case.hidden.items():
             values[name] = values[name].clone()
             values[name][places] = 1e4
         before, after = (
             run(some, called(case, kernel), leaves_of(some, torch.float32))
-            for some in (case, {**case, "values": values})
+            for some in (case, dataclasses.replace(case, values=values))
         )
         error, name = worst(after, before)
         assert error < 1e-6, name
@@ -360,17 +363,17 @@ def test_a_pair_bias_that_makes_no_sense_is_refused(wrong, says):
 
 
 def test_a_direction_that_does_not_exist_is_refused():
-    case = BUILDERS["triangle_multiplication"](3, 1, False, 0, 1)
-    weights = Weights(*(case["values"][name] for name in list(case["values"])[2:]))
+    case = varied("triangle_multiplication", 3, 1, False, 0, 1)
+    weights = Weights(*(case.values[name] for name in list(case.values)[2:]))
     with pytest.raises(ValueError, match="'outgoing' or 'incoming', not 'sideways'"):
-        triangle_multiplication(case["values"]["z"], None, weights, "sideways")
+        triangle_multiplication(case.values["z"], None, weights, "sideways")
 
 
 def test_the_update_goes_with_triangle_attention():
     """In one pass where its kernel has one, in plain layers around it where it has none; the same numbers."""
-    case = BUILDERS["triangle_attention_update"](6, 2, True, 1, 6)
+    case = varied("triangle_attention_update", 6, 2, True, 1, 6)
     x = leaves_of(case, torch.float64)
-    weights = update.Weights(*(x[name] for name in list(case["values"])[2:]))
+    weights = update.Weights(*(x[name] for name in list(case.values)[2:]))
     found = {}
     for config in ({"preset": "torch"}, {"preset": "reference"}, {"preset": "auto", "triangle_attention": "reference"}):
         with record_kernels() as ran:
@@ -467,8 +470,8 @@ def test_bands_of_the_product(wider, dtype, direction, monkeypatch):
 @pytest.mark.parametrize("direction", ["outgoing", "incoming"])
 def test_a_masked_pair_is_no_edge(direction, kernel):
     """Whatever masked pairs hold, the others' updates stay the same; their own, which they gate, do not."""
-    case = BUILDERS["triangle_multiplication"](8, 2, True, 0, 3)
-    values = {name: None if value is None else value.clone() for name, value in case["values"].items()}
+    case = varied("triangle_multiplication", 8, 2, True, 0, 3)
+    values = {name: None if value is None else value.clone() for name, value in case.values.items()}
     weights, mask = Weights(*list(values.values())[2:]), values["mask"]
     assert mask is not None and values["z"] is not None
     other = values["z"].clone()

@@ -21,6 +21,7 @@ from foldkernels.kernels import machine, registry
 from foldkernels.kernels.attention_pair_bias import PairProjection
 from foldkernels.kernels.attention_pair_bias import cuequivariance as pair_bias_kernel
 from foldkernels.kernels.attention_pair_bias import reference as pair_bias_reference
+from foldkernels.kernels.examples.draws import Draws
 from foldkernels.kernels.machine import MACHINES
 from foldkernels.kernels.requests import Dims, Request
 from foldkernels.kernels.triangle_attention import cuequivariance as attention_kernel
@@ -32,7 +33,6 @@ from foldkernels.kernels.triangle_multiplication import reference as multiplicat
 
 from .stand_ins import cuequivariance, trifast
 from .support.triangle import worst
-from .triangle_cases import Draws
 
 Values = dict[str, Any]
 KERNELS: dict[str, tuple[ModuleType, ModuleType, ModuleType]] = {

@@ -200,6 +200,7 @@ class InterpolantConfig(Section):
 
 
 AnySection = TypeVar("AnySection", bound=Section)
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
 def read_config(path: Path) -> DictConfig:
@@ -270,7 +271,7 @@ def interpolant_section(config: object, source: Path | None = None) -> Interpola
 
 def as_model_config(section: object, where: str = "model") -> ModelConfig:
     """Gives a checked `ModelConfig` for what a caller has as its `model` section; see `as_interpolant_config`."""
-    return _checked(ModelConfig, _as_data(section, ModelConfig, where), where)
+    return checked(ModelConfig, as_data(section, ModelConfig, where), where)
 
 
 def as_interpolant_config(section: object, where: str = "interpolant") -> InterpolantConfig:
@@ -284,7 +285,7 @@ def as_interpolant_config(section: object, where: str = "interpolant") -> Interp
     Raises:
         BadInput: It does not resolve, or a value is wrong.
     """
-    return _checked(InterpolantConfig, _as_data(section, InterpolantConfig, where), where)
+    return checked(InterpolantConfig, as_data(section, InterpolantConfig, where), where)
 
 
 def _section(
@@ -305,10 +306,10 @@ def _section(
             f"{prefix}the config has no section `{name}:` (it has: {found}).",
             "use the config.yaml that was saved with the checkpoint.",
         )
-    return _checked(kind, _as_data(section, kind, f"{prefix}{name}"), f"{prefix}{name}")
+    return checked(kind, as_data(section, kind, f"{prefix}{name}"), f"{prefix}{name}")
 
 
-def _as_data(value: object, kind: type[Section], where: str) -> dict[str, Any]:
+def as_data(value: object, kind: type[BaseModel], where: str) -> dict[str, Any]:
     """A plain dict of a section in any of its forms; sections inside it too."""
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -333,7 +334,7 @@ def _as_data(value: object, kind: type[Section], where: str) -> dict[str, Any]:
     for name, item in data.items():
         inner = kind.model_fields[name].annotation if name in kind.model_fields else None
         if isinstance(inner, type) and issubclass(inner, Section):
-            data[name] = _as_data(item, inner, f"{where}.{name}")
+            data[name] = as_data(item, inner, f"{where}.{name}")
         elif isinstance(item, str) and "${" in item and name in kind.model_fields:
             raise BadInput(
                 f"{where}.{name} is the unresolved reference {item!r:.80}.",
@@ -342,7 +343,8 @@ def _as_data(value: object, kind: type[Section], where: str) -> dict[str, Any]:
     return data
 
 
-def _checked(kind: type[AnySection], data: dict[str, Any], where: str) -> AnySection:
+def checked(kind: type[AnyModel], data: dict[str, Any], where: str) -> AnyModel:
+    """Gives a checked section, or one `BadInput` that lists everything that is wrong with it."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:

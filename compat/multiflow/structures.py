@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ..errors import BadInput
 from .backbone import frames_from_atoms
+from .chain_atoms import read_atoms
 from .residues import sequence_from_types, types_from_sequence
 from .structure_files import write_fasta, write_pdb
 
 __all__ = ["Backbone", "read_structure", "write_fasta", "write_pdb"]
-
-_ATOMS = ("N", "CA", "C")
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,54 +77,26 @@ def read_structure(
 
     Raises:
         BadInput: No such file, no structure in it, no such chain, no residue with a backbone, or coordinates that are
-            not finite.
+            not finite or of a million Angstrom and more.
     """
     path = Path(path)
-    structure = _load(path)
     wanted = None if chain is None else ([chain] if isinstance(chain, str) else list(chain))
-    names = [part.name for part in structure[0]] if len(structure) else []
+    file = read_atoms(path, wanted)
     for name in wanted or ():
-        if name not in names:
-            raise BadInput(f"{path} has no chain {name!r}: it has {', '.join(names) or 'none'}")
+        if name not in file.names:
+            raise BadInput(f"{path} has no chain {name!r}: it has {', '.join(file.names) or 'none'}")
 
-    positions: list[list[list[float]]] = []
-    letters: list[str] = []
-    chain_numbers: list[int] = []
-    residue_numbers: list[int] = []
-    chains: list[str] = []
-    skipped: list[str] = []
-    for part in structure[0] if len(structure) else ():
-        if wanted is not None and part.name not in wanted:
-            continue
-        first = len(residue_numbers)
-        for residue, letter in _amino_acids(part):
-            label = f"{part.name} {residue.seqid} {residue.name}"
-            atoms = _backbone_atoms(residue)
-            missing = [name for name in _ATOMS if name not in atoms]
-            if missing:
-                skipped.append(f"{label}: no {', '.join(missing)}")
-                continue
-            xyz = [[atoms[name].pos.x, atoms[name].pos.y, atoms[name].pos.z] for name in _ATOMS]
-            if not torch.tensor(xyz).isfinite().all():
-                raise BadInput(f"{path}: residue {label} has coordinates that are not finite numbers")
-            if _on_a_line(xyz):
-                skipped.append(f"{label}: N, CA and C lie on one line")
-                continue
-            if part.name not in chains:
-                chains.append(part.name)
-            positions.append(xyz)
-            letters.append(letter)
-            chain_numbers.append(len(chains))
-            residue_numbers.append(residue.seqid.num if residue.seqid.num is not None else len(residue_numbers))
-        lowest = min(residue_numbers[first:], default=1)
-        residue_numbers[first:] = [number - lowest + 1 for number in residue_numbers[first:]]
-
-    if not positions:
+    skipped = [fault for part in file.chains for fault in part.faults.values()]
+    parts = [(part, part.has_frame) for part in file.chains if part.has_frame.any()]
+    if not parts:
         where = f" in chain {', '.join(wanted)}" if wanted else ""
         left_out = f" ({len(skipped)} left out, the first: {skipped[0]})" if skipped else ""
         raise BadInput(f"{path} holds no amino acid with the atoms N, CA and C{where}{left_out}")
+    atoms = np.concatenate([part.atoms[whole] for part, whole in parts])
+    letters = "".join(letter for part, whole in parts for letter, kept in zip(part.letters, whole, strict=True) if kept)
+    numbers = [part.numbers[whole] for part, whole in parts]
     if skipped:
-        total = len(positions) + len(skipped)
+        total = len(atoms) + len(skipped)
         warnings.warn(
             f"{path}: {len(skipped)} of {total} residues have no backbone frame and were left out, "
             f"the first: {skipped[0]}",
@@ -133,7 +104,7 @@ def read_structure(
         )
 
     # In double precision until centred: files put proteins hundreds of Angstrom from the origin.
-    n, ca, c = torch.tensor(positions, dtype=torch.float64).unbind(1)
+    n, ca, c = torch.from_numpy(atoms).unbind(1)
     rotmats, trans = frames_from_atoms(n, ca, c)
     if center:
         trans = trans - trans.mean(dim=0)
@@ -141,59 +112,10 @@ def read_structure(
         name="_".join([path.name.split(".")[0] or path.name, *(wanted or ())]),
         trans=trans.float(),
         rotmats=rotmats.float(),
-        aatypes=torch.tensor(types_from_sequence("".join(letters))),
-        chain_index=torch.tensor(chain_numbers),
-        residue_index=torch.tensor(residue_numbers),
-        res_mask=torch.ones(len(positions), dtype=torch.bool),
-        chains=tuple(chains),
+        aatypes=torch.tensor(types_from_sequence(letters)),
+        chain_index=torch.cat([torch.full((len(own),), place) for place, own in enumerate(numbers, start=1)]),
+        residue_index=torch.cat([torch.from_numpy(own - own.min() + 1) for own in numbers]),
+        res_mask=torch.ones(len(atoms), dtype=torch.bool),
+        chains=tuple(part.name for part, _ in parts),
         skipped=tuple(skipped),
     )
-
-
-def _load(path: Path) -> Any:
-    import gemmi  # here, so that sampling without files needs no gemmi
-
-    if not path.exists():
-        raise BadInput(f"no such file: {path}")
-    if not path.is_file():
-        raise BadInput(f"{path} is no file")
-    try:
-        structure = gemmi.read_structure(str(path), format=gemmi.CoorFormat.Detect)
-    except (RuntimeError, ValueError, OSError) as error:  # UnicodeDecodeError is a ValueError
-        raise BadInput(f"{path} cannot be read as PDB or mmCIF: {error}") from error
-    structure.setup_entities()
-    return structure
-
-
-def _amino_acids(chain: Any) -> Iterator[tuple[Any, str]]:
-    """Residues of the chain's protein, and their one-letter codes (X where unknown)."""
-    import gemmi
-
-    for residue in chain.first_conformer():
-        info = gemmi.find_tabulated_residue(residue.name)
-        in_polymer = residue.entity_type == gemmi.EntityType.Polymer
-        if residue.het_flag == "H" and not in_polymer:
-            continue  # a ligand, even if it is an amino acid
-        # A residue that no table knows is taken if it stands in a polymer and has a CA.
-        if info.is_amino_acid() or (not info.found() and in_polymer and residue.find_atom("CA", "*")):
-            letter = info.one_letter_code.upper() if info.found() else "X"
-            yield residue, letter
-
-
-def _backbone_atoms(residue: Any) -> dict[str, Any]:
-    """N, CA and C, all of the same alternative location: the one that is occupied most."""
-    candidates = [atom for atom in residue if atom.name in _ATOMS]
-    occupied: dict[str, float] = {}
-    for atom in candidates:
-        if atom.has_altloc():
-            occupied[atom.altloc] = occupied.get(atom.altloc, 0.0) + atom.occ
-    best = max(occupied, key=lambda name: occupied[name], default=None)
-    atoms: dict[str, Any] = {}
-    for atom in sorted(candidates, key=lambda atom: (atom.has_altloc() and atom.altloc != best, -atom.occ)):
-        atoms.setdefault(atom.name, atom)
-    return atoms
-
-
-def _on_a_line(positions: list[list[float]]) -> bool:
-    n, ca, c = torch.tensor(positions, dtype=torch.float64)
-    return float(torch.linalg.vector_norm(torch.linalg.cross(n - ca, c - ca))) < 1e-3

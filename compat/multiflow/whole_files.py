@@ -16,12 +16,12 @@ def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
 
 
-def write_whole(path: str | os.PathLike[str], text: str) -> Path:
-    """Writes a text file, or leaves the old one as it was."""
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Writes a file (text as UTF-8), or leaves the old one as it was."""
     path = Path(path)
     aside = _aside(path)
     try:
-        aside.write_text(text, encoding="utf-8", newline="\n")
+        aside.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -4,14 +4,13 @@ Abramson et al. 2024 (AlphaFold 3), Supplementary Algorithm 24, lines 3 and 5 (t
 AttentionPairBias. What comes before (LayerNorm, projections of q, k, v) and after (gate, output) is the module's.
 """
 
-import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..pair_projection import PairProjection, pair_bias
 from ..registry import floating_type, function_for, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad
+from ..tensors import any_requires_grad, without_autocast
 
 __all__ = ["OPERATION", "PairProjection", "attention_pair_bias", "pair_bias"]
 
@@ -78,7 +77,7 @@ def attention_pair_bias(
         options=("cross",) if q.shape[1] != k.shape[1] else (),
     )
     dtype = floating_type(q)
-    with pytorch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         if mask is not None and mask.shape[0] != q.shape[0]:
             mask = mask.repeat_interleave(q.shape[0] // mask.shape[0], 0)
         given = bias.to(dtype) if bias is not None else z

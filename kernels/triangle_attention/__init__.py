@@ -4,13 +4,12 @@ Jumper et al. 2021, Supplementary Algorithms 13 and 14, lines 5 and 6. What come
 after (gate, output projection) is the caller's, or `triangle_attention_update`'s.
 """
 
-import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..registry import floating_type, function_for, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad
+from ..tensors import any_requires_grad, without_autocast
 
 OPERATION = register_operation(
     Operation(
@@ -61,6 +60,6 @@ def triangle_attention(
         options=("rectangular",) if q.shape[2] != q.shape[3] else (),
     )
     dtype = floating_type(q)
-    with pytorch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         out: Tensor = run(q.to(dtype), k.to(dtype), v.to(dtype), bias.to(dtype), mask)
     return out

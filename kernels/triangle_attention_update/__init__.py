@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..registry import common_kernel, floating_type, function_for, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad
+from ..tensors import any_requires_grad, without_autocast
 from ..triangle_attention import triangle_attention
 
 OPERATION = register_operation(
@@ -99,7 +99,7 @@ def one_pass(
     """The update by a kernel that does all of it."""
     run = function_for(OPERATION.name, z, config=config, **_sizes(z, weights))
     dtype = floating_type(z)
-    with pytorch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         out: Tensor = run(z.to(dtype), mask, weights, ending, eps)
     return out
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..registry import floating_type, function_for, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad
+from ..tensors import any_requires_grad, without_autocast
 
 Direction = Literal["outgoing", "incoming"]
 
@@ -90,6 +90,6 @@ def triangle_multiplication(
         options=("bias",) if any(bias is not None for bias in weights[8:]) else (),
     )
     dtype = floating_type(z)
-    with pytorch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         out: Tensor = run(z.to(dtype), mask, weights, direction, eps)
     return out

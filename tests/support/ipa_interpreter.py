@@ -10,8 +10,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -23,13 +22,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from triton.runtime import interpreter
 
-from foldkernels.kernels import registry
+from foldkernels.kernels import accuracy, registry
 from foldkernels.kernels.custom import NoDoubleBackward
+from foldkernels.kernels.examples.builders import make
+from foldkernels.kernels.examples.case import Case
 from foldkernels.kernels.invariant_point_attention import _launch
 from foldkernels.kernels.invariant_point_attention import _tiles as tiles
-
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-from tests import kernel_cases as cases
 
 OPERATION = "invariant_point_attention"
 #: What an error may be beyond twice plain PyTorch's, as a part of the largest value.
@@ -38,7 +36,6 @@ FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}
 #: definition computes in float32 and rounds its results only; and gradients to bfloat16, beside float16 too, where they
 #: would underflow. Up to 1.7 was seen in bfloat16, 2.3 in float16.
 EXCEEDS = {torch.float32: 1.0, torch.bfloat16: 2.5, torch.float16: 2.5}
-
 
 
 def allow_the_cpu() -> None:
@@ -55,7 +52,13 @@ def plan(case: Mapping[str, Any]) -> None:
     _launch._PROGRAMS, _launch._FEWEST_BLOCKS = case["programs"], 1
 
 
-def beside(case: cases.Case, dtype: torch.dtype) -> cases.Case:
+def build(n: int, batch: int, masked: bool, sizes: Sequence[int], away: float = 0.0) -> Case:
+    """A case of given heads, c_hidden, query points, value points and c_z."""
+    named = dict(zip(("h", "c", "p", "pv", "cz"), sizes, strict=True))
+    return make(OPERATION, n, batch=batch, masked=masked, sizes=named, away=away)
+
+
+def beside(case: Case, dtype: torch.dtype) -> Case:
     """The same case with z in a type of its own."""
 
     def call(x: Mapping[str, Any], config: str) -> tuple[Tensor, ...]:
@@ -109,32 +112,31 @@ def compare(asked: dict[str, Any]) -> dict[str, Any]:
     dtype, variant = getattr(torch, asked["dtype"]), asked["variant"]
     of_z = getattr(torch, asked["z"] or asked["dtype"])
     batch = 1 if variant == "plain" else 3
-    case = cases.build_ipa(asked["n"], batch, variant != "plain", tuple(asked["sizes"]), away=asked["away"])
+    case = build(asked["n"], batch, variant != "plain", asked["sizes"], away=asked["away"])
     if of_z is not dtype:
         case = beside(case, of_z)
-    truth = cases.run(case, "reference", dtype, variant=variant, wide=True)
-    plain = cases.run(case, "reference", dtype, variant=variant)
+    truth = accuracy.run(case, "reference", dtype, variant=variant, wide=True)
+    plain = accuracy.run(case, "reference", dtype, variant=variant)
     # Beside a narrower z, the rest may be rounded as z is: that is what a precision of "bfloat16" allows.
-    narrow = cases.run(case, "reference", of_z, variant=variant) if of_z is not dtype else plain
-    of_narrow = cases.run(case, "reference", of_z, variant=variant, wide=True) if of_z is not dtype else truth
+    narrow = accuracy.run(case, "reference", of_z, variant=variant) if of_z is not dtype else plain
+    of_narrow = accuracy.run(case, "reference", of_z, variant=variant, wide=True) if of_z is not dtype else truth
     plan(asked)
     overwrite = FAULTS[asked["fault"]](case.values) if asked["fault"] else None
-    got = cases.run(case, "triton", dtype, variant=variant, overwrite=overwrite)
-    again = cases.run(case, "triton", dtype, variant=variant) if asked["twice"] else got
+    got = accuracy.run(case, "triton", dtype, variant=variant, overwrite=overwrite)
+    again = accuracy.run(case, "triton", dtype, variant=variant) if asked["twice"] else got
     all_gradients = max(float(g.abs().max()) for g in truth.gradients.values())
     answer: dict[str, Any] = {}
     names = ["out", "points", "pair", *truth.gradients]
     for i, name in enumerate(names):
         true, theirs, ours, same, rounded, unrounded = (
-            run.outputs[i] if i < 3 else run.gradients[name]
-            for run in (truth, plain, got, again, narrow, of_narrow)
+            run.outputs[i] if i < 3 else run.gradients[name] for run in (truth, plain, got, again, narrow, of_narrow)
         )
         largest = float(true.abs().max())
         # A gradient that is nothing but rounding (of q, where there is one key) is measured by what cancelled in it.
         largest = all_gradients if i >= 3 and largest < 1e-9 * all_gradients else largest
-        of_plain = max(cases.error(theirs, true), cases.error(rounded, unrounded))
+        of_plain = max(accuracy.error(theirs, true), accuracy.error(rounded, unrounded))
         answer[name] = {
-            "error": cases.error(ours, true),
+            "error": accuracy.error(ours, true),
             "may_be": EXCEEDS[of_z] * (2 * of_plain + FLOOR[of_z] * largest),
             "of_plain": of_plain,
             "largest": largest,
@@ -232,13 +234,13 @@ def compiled(asked: dict[str, Any]) -> dict[str, Any]:
     counter = CompileCounterWithBackend("aot_eager")
     found: dict[str, Any] = {"most": 0.0}
     with (
-        cases.required(OPERATION, "triton") as config,
+        accuracy.required(OPERATION, "triton") as config,
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=asked["autocast"]),
     ):
-        function = cases.build_ipa(9, 1, True, tuple(asked["sizes"])).call
+        function = build(9, 1, True, asked["sizes"]).call
         call = torch.compile(lambda x: function(x, config), fullgraph=True, backend=counter)
         for n in (9, 19, 11):
-            values = cases.build_ipa(n, 1, True, tuple(asked["sizes"])).values
+            values = build(n, 1, True, asked["sizes"]).values
             results = []
             for run in (lambda x: function(x, config), call):
                 x = {name: v.float() if v is not None and v.is_floating_point() else v for name, v in values.items()}

@@ -1,4 +1,4 @@
-"""Runs the cases of `triangle_cases` under a kernel, and reads the goldens of Boltz's modules."""
+"""Runs cases of the triangle operations under a function, and reads the goldens of Boltz's modules."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from foldkernels.kernels.examples.case import Case
 
 BOLTZ = Path(__file__).resolve().parents[1] / "goldens" / "boltz"
 
@@ -21,21 +23,19 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def leaves_of(case: Mapping[str, Any], dtype: torch.dtype, layout: str = "contiguous") -> dict[str, Tensor | None]:
+def leaves_of(case: Case, dtype: torch.dtype, layout: str = "contiguous") -> dict[str, Tensor | None]:
     """The values of a case at a floating type; those that a gradient can be asked of require one."""
     found: dict[str, Tensor | None] = {}
-    for name, value in case["values"].items():
+    for name, value in case.values.items():
         if value is None or not value.is_floating_point():
             found[name] = value
             continue
-        how = layout if layout != "expanded" or name in case["batched"] else "contiguous"
+        how = layout if layout != "expanded" or name in case.batched else "contiguous"
         found[name] = LAYOUTS[how](value.to(dtype)).detach().requires_grad_()
     return found
 
 
-def run(
-    case: Mapping[str, Any], function: Callable[[Mapping[str, Any]], Tensor], x: Mapping[str, Any]
-) -> dict[str, Tensor]:
+def run(case: Case, function: Callable[[Mapping[str, Any]], Tensor], x: Mapping[str, Any]) -> dict[str, Tensor]:
     """The output of `function` on values, and every gradient from a cotangent that is the same each time."""
     out = function(x)
     cotangent = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
