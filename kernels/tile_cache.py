@@ -14,7 +14,8 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -29,6 +30,21 @@ _WARM_UPS, _REPEATS = 2, 7
 Tile = TypeVar("Tile", bound=tuple[Any, ...])
 Result = TypeVar("Result")
 Clock = Callable[[Callable[[], object]], float]
+#: Called in the place of `TileCache.choose`, with the cache and its arguments; gives the tile to run.
+Chooser = Callable[["TileCache", Mapping[str, int | str], Sequence[Any], Callable[[Any], object], torch.device], Any]
+
+_chooser: Chooser | None = None
+
+
+@contextmanager
+def choosing(chooser: Chooser) -> Iterator[None]:
+    """Inside, `chooser` has every choice of a tile, in every thread: backward passes run in others."""
+    global _chooser
+    before, _chooser = _chooser, chooser
+    try:
+        yield
+    finally:
+        _chooser = before
 
 
 def folder() -> Path:
@@ -73,6 +89,10 @@ def milliseconds(run: Callable[[], object]) -> float:
     return median(times)
 
 
+def _words(sizes: Mapping[str, int | str]) -> str:
+    return json.dumps(dict(sorted(sizes.items())))
+
+
 class TileCache:
     """The tiles of one operation's kernels.
 
@@ -95,7 +115,7 @@ class TileCache:
     ) -> None:
         self.operation, self.source, self.too_large = operation, source, too_large
         self.clock, self.machine = clock, machine
-        self._chosen: dict[tuple[str, str, int], list[Any] | None] = {}
+        self._chosen: dict[tuple[Any, ...], list[Any] | None] = {}
         self._machines: dict[torch.device, str] = {}
 
     def choose(
@@ -113,21 +133,36 @@ class TileCache:
             run: Runs the kernel in a tile. It may be called many times: each must do the same.
             device: Where. Only a CUDA device is measured, and none while a CUDA graph is recorded.
         """
+        if _chooser is not None:
+            tile: Tile = _chooser(self, sizes, candidates, run, device)
+            return tile
         if len(candidates) == 1 or device.type != "cuda":
             return candidates[0]
         on = self._machines.get(device)
         if on is None:
             on = self._machines[device] = self.machine(device)
-        words = json.dumps(dict(sorted(sizes.items())))
-        key = (on, words, len(candidates))
+        key = (on, *sizes.items())
         if key not in self._chosen:
-            self._chosen[key] = self._read(on).get(words)
+            self._chosen[key] = self._read(on).get(_words(sizes))
         known = self._named(self._chosen[key], candidates)
         if known is None and os.environ.get(TUNE_VARIABLE) == "1" and not torch.cuda.is_current_stream_capturing():
-            known = self._measure(candidates, run)
-            self._chosen[key] = list(known)
-            self._write(on, words, list(known))
+            times = [self.time(functools.partial(run, tile)) for tile in candidates]
+            known = candidates[times.index(min(times))]
+            self.keep(sizes, known, device)
         return candidates[0] if known is None else known
+
+    def keep(self, sizes: Mapping[str, int | str], tile: tuple[Any, ...], device: torch.device) -> None:
+        """Have a tile taken for these sizes from now on, here and in later processes."""
+        on = self.machine(device)
+        self._chosen[on, *sizes.items()] = list(tile)
+        self._write(on, _words(sizes), list(tile))
+
+    def time(self, run: Callable[[], object]) -> float:
+        """What a run takes, in milliseconds; infinity, where it asks for more than the chip has."""
+        try:
+            return self.clock(run)
+        except self.too_large:
+            return float("inf")
 
     def run(
         self,
@@ -150,16 +185,6 @@ class TileCache:
     def _named(found: list[Any] | None, candidates: Sequence[Tile]) -> Tile | None:
         """The candidate that was found; None where there is none such (any more)."""
         return next((tile for tile in candidates if list(tile) == found), None)
-
-    def _measure(self, candidates: Sequence[Tile], run: Callable[[Tile], object]) -> Tile:
-        times = [self._time(functools.partial(run, tile)) for tile in candidates]
-        return candidates[times.index(min(times))]
-
-    def _time(self, run: Callable[[], object]) -> float:
-        try:
-            return self.clock(run)
-        except self.too_large:
-            return float("inf")
 
     def path(self, on: str) -> Path:
         """The file for a GPU and compiler."""
