@@ -16,7 +16,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.t
 # One thread a process: the tests already run side by side.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 
-.PHONY: help install demo test test-all test-peers lint bench clean
+.PHONY: help install demo test test-all test-peers lint bench docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test-peers   fair-esm and boltz, from the package index, beside their accelerated copies"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     the benchmarks"
+	@echo "make docs      the pages in docs/ as a site, into site/"
 	@echo "make clean     remove what was built; .venv stays"
 
 install: $(INSTALLED)
@@ -64,6 +65,12 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.multiflow_cpu $(ARGS)
 
+# The pages that are written from the code first, so that the site is of this checkout.
+docs: $(INSTALLED)
+	for page in docs/write_*.py; do $(PY) $$page || exit; done
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 clean:
-	rm -rf .peers build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .peers build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

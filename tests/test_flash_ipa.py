@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import pickle
-import re
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -520,11 +518,3 @@ def test_a_width_that_a_required_kernel_cannot_take() -> None:
     with pytest.raises(KernelUnavailable, match=r"256(.|\n)*torch"):
         decide(request, KernelConfig.model_validate({"factorized_point_attention": "flash_attn"}))
     assert decide(request, KernelConfig()).kernel.name != "flash_attn"
-
-
-def test_the_page_runs(root: Path) -> None:
-    """The Python of docs/flash-ipa.md, from top to bottom."""
-    page = (root / "docs" / "flash-ipa.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 3
-    exec(compile("\n".join(blocks), "docs/flash-ipa.md", "exec"), {})
