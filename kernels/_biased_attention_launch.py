@@ -199,7 +199,6 @@ def fused(operation: str) -> Any:
         A function of q [b, h, r, i, d], k and v [b, h, r, j, d], bias [b, h, i, j] and mask [b, r, j] (or None) that
         gives [b, h, r, i, d] and the log-sum-exp [b, h, r, i] of the logits in base 2, through which no gradient goes.
     """
-
     tiles = TileCache(operation, _SOURCE, OutOfResources)
 
     @torch.library.custom_op(f"foldkernels::{operation}_triton", mutates_args=())

@@ -14,7 +14,7 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,7 @@ import torch
 TUNE_VARIABLE = "FOLDKERNELS_TUNE"
 FOLDER_VARIABLE = "FOLDKERNELS_CACHE"
 _WARM_UPS, _REPEATS = 2, 7
+_SUBFOLDER = "tiles"
 
 Tile = TypeVar("Tile", bound=tuple[Any, ...])
 Result = TypeVar("Result")
@@ -53,6 +54,49 @@ def folder() -> Path:
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "foldkernels"
+
+
+def tiles_folder() -> Path:
+    """Where tiles are kept."""
+    return folder() / _SUBFOLDER
+
+
+def files(operations: Collection[str] = ()) -> list[Path]:
+    """The files of some operations, or of all, whatever GPU and versions they are for."""
+    found = sorted(tiles_folder().glob("*.json"))
+    return [path for path in found if not operations or path.stem.rpartition("-")[0] in operations]
+
+
+def stored(operations: Collection[str] = ()) -> list[dict[str, Any]]:
+    """What is kept: for each file its path, operation, machine and tiles by sizes. A broken one has no tiles."""
+    found = files(operations)
+    return [{"path": str(path), "operation": path.stem.rpartition("-")[0], **_content(path)} for path in found]
+
+
+def clear(operations: Collection[str] = ()) -> list[Path]:
+    """Forget what is kept of some operations, or of all.
+
+    Returns:
+        The files that were removed.
+
+    Raises:
+        OSError: One cannot be.
+    """
+    gone = files(operations)
+    for path in gone:
+        path.unlink(missing_ok=True)
+    return gone
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """A file's machine and tiles; none, where it cannot be read or is not what was written."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        tiles, machine = content["tiles"], str(content.get("machine", "unknown"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"machine": "unknown", "tiles": {}}
+    whole = isinstance(tiles, dict)
+    return {"machine": machine, "tiles": {k: t for k, t in tiles.items() if isinstance(t, list)} if whole else {}}
 
 
 @functools.lru_cache(maxsize=64)
@@ -110,11 +154,11 @@ class TileCache:
         operation: str,
         source: str,
         too_large: type[Exception],
-        clock: Clock = milliseconds,
-        machine: Callable[[torch.device], str] = gpu_and_compiler,
+        clock: Clock | None = None,
+        machine: Callable[[torch.device], str] | None = None,
     ) -> None:
         self.operation, self.source, self.too_large = operation, source, too_large
-        self.clock, self.machine = clock, machine
+        self.clock, self.machine = clock or milliseconds, machine or gpu_and_compiler
         self._chosen: dict[tuple[Any, ...], list[Any] | None] = {}
         self._machines: dict[torch.device, str] = {}
 
@@ -189,16 +233,12 @@ class TileCache:
     def path(self, on: str) -> Path:
         """The file for a GPU and compiler."""
         name = hashlib.sha256(f"{self.source} {on}".encode()).hexdigest()[:16]
-        return folder() / "tiles" / f"{self.operation}-{name}.json"
+        return tiles_folder() / f"{self.operation}-{name}.json"
 
     def _read(self, on: str) -> dict[str, list[Any]]:
         """What was found before; nothing, where the file cannot be read or is not what was written."""
-        try:
-            content = json.loads(self.path(on).read_text(encoding="utf-8"))
-            tiles = content["tiles"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
-        return {key: tile for key, tile in tiles.items() if isinstance(tile, list)} if isinstance(tiles, dict) else {}
+        tiles: dict[str, list[Any]] = _content(self.path(on))["tiles"]
+        return tiles
 
     def _write(self, on: str, words: str, tile: list[Any]) -> None:
         """Keep one more; several processes may do so at once. A disk that refuses costs the next run its time only."""

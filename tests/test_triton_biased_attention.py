@@ -17,7 +17,7 @@ from foldkernels.kernels import chips, registry
 
 from .support.biased_code import TYPES, compiled, variants
 from .support.triton_tools import PTXAS, Ask, interpreter, right, slow, with_triton, wrong
-from .support.usage_table import cases, hold, read
+from .support.usage_table import cases, hold
 
 # Numbers --------------------------------------------------------------------------------------------------------------
 
@@ -113,16 +113,11 @@ STACK = 64
 def test_it_compiles_and_fits(variant, tmp_path):
     """Within the chip's shared memory, without spilling; 16 bits on the tensor cores, float32 never rounded unasked."""
     code = variant.compile()
-    used = hold(TABLE, variant, code, tmp_path)
-    assert used.stack <= STACK
+    hold(TABLE, variant, code, tmp_path, STACK)
     products = re.findall(r"mma\.(?:m16n8|sync)|wgmma\.mma_async|tcgen05\.mma", code.asm["ptx"])
     dtype, precision = variant.name.split()[:2]
     assert bool(products) == (dtype == "bf16" or precision == "tf32"), "the products are not where they should be"
     assert ("tf32" in code.asm["ptx"]) == (precision == "tf32")
-
-
-def test_every_variant_is_written_down():
-    assert read(TABLE).keys() == {"triton", *map(str, variants())}
 
 
 @with_triton

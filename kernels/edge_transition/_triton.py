@@ -127,7 +127,7 @@ class _Call:
         d_out: Tensor,
         kept: tuple[Tensor, Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Fill `kept`, both hidden layers and the last layer's gradient; the gradients of LayerNorm's scale and shift."""
+        """Fill `kept`: both hidden layers, the last layer's gradient. Returns those of LayerNorm's scale and shift."""
 
         def run(tile: Tile) -> Tensor:
             sums = self.z.new_empty(2, self.programs(tile, rows), self.wide.out, dtype=torch.float32)

@@ -25,7 +25,9 @@ def variants() -> Iterator[Variant]:
                     for tile in found:
                         name = f"{dtype} {precision} {d} {kernel} {'x'.join(map(str, tile))}"
                         quick = (dtype, d, arch) == ("bf16", 32, 90) and tile is found[0]
-                        yield Variant(arch, name, quick, partial(of_chip, arch, kernel, dtype, d, tile, precision))
+                        first = tile is found[0] and precision == "ieee"
+                        code = partial(of_chip, arch, kernel, dtype, d, tile, precision)
+                        yield Variant(arch, name, first, quick, code)
 
 
 def of_chip(arch: int, kernel: str, dtype: str, d: int, tile: tiles.Tile, precision: str = "ieee") -> Any:

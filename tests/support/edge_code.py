@@ -23,7 +23,8 @@ def variants() -> Iterator[Variant]:
                 for tile in found:
                     name = f"{dtype} {kernel} {'x'.join(map(str, tile))}"
                     quick = (dtype, arch) == ("bf16", 90) and tile is found[0]
-                    yield Variant(arch, name, quick, partial(compiled, arch, kernel, dtype, tile=tile))
+                    code = partial(compiled, arch, kernel, dtype, tile=tile)
+                    yield Variant(arch, name, tile is found[0], quick, code)
 
 
 def compiled(

@@ -24,7 +24,8 @@ def variants() -> Iterator[Variant]:
                     what = "points" if points else "rest"
                     name = f"{dtype} {kernel} {what} {'x'.join(map(str, tile))}"
                     quick = (arch, dtype, kernel, points) == (80, "bf16", "forward", True) and tile is found[0]
-                    yield Variant(arch, name, quick, partial(compiled, arch, kernel, dtype, tile, points))
+                    first, code = tile is found[0] and points, partial(compiled, arch, kernel, dtype, tile, points)
+                    yield Variant(arch, name, first, quick, code)
 
 
 def compiled(arch: int, kernel: str, dtype: str, tile: tiles.Tile, points: bool) -> Any:

@@ -61,7 +61,8 @@ def variant(cell: Cell, plan: tiles.Plan, precision: str) -> Variant:
     tile = f"{plan.queries}x{plan.keys}x{plan.warps}x{plan.stages}"
     name = f"{cell.kernel} {TYPES[cell.z]} {precision} {way} {cell.heads} {cell.channels} {tile}"
     quick = cell.arch in (80, 90) and cell.fused and plan == cell.plans()[0]
-    return Variant(cell.arch, name, quick, partial(compiled, cell, plan, precision))
+    first = plan == cell.plans()[0] and precision != "tf32"
+    return Variant(cell.arch, name, first, quick, partial(compiled, cell, plan, precision))
 
 
 def compiled(
