@@ -53,3 +53,18 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def device_of_rank(asked: str, local_rank: int) -> str:
+    """The device of one of several processes on a machine: each takes a GPU of its own, as far as there are enough.
+
+    Args:
+        asked: The device; one with a number (cuda:1) is taken as it stands.
+        local_rank: The process's number on its machine.
+    """
+    import torch
+
+    if asked != "cuda":
+        return asked
+    # A launcher may show each process its own GPU only: that one is number 0 everywhere.
+    return f"cuda:{local_rank % max(torch.cuda.device_count(), 1)}"

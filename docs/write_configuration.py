@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from foldkernels.cli.environment import OURS
 from foldkernels.compat.multiflow.configuration import InterpolantConfig, ModelConfig
+from foldkernels.configs.data import DataConfig
 from foldkernels.configs.kernel import KernelConfig
 from foldkernels.configs.options import FoldkernelsConfig
 from foldkernels.configs.presets import OPERATIONS, PRESETS
@@ -46,7 +47,9 @@ Each key is taken from the first place that sets it: the call (`multiflow.load(.
 def page() -> str:
     """The whole page."""
     parts = [INTRODUCTION, "## `kernel:`\n", *_table(KernelConfig), "\n### Presets\n", *_presets()]
-    parts += ["\n## `foldkernels:`\n", *_table(FoldkernelsConfig), "\n## Environment variables\n"]
+    parts += ["\n## `foldkernels:`\n", *_table(FoldkernelsConfig)]
+    parts += ["\n## `data:`\n", "For training: [what is read of a folder of structures](training-data.md).\n"]
+    parts += [*_table(DataConfig), "\n## Environment variables\n"]
     parts += ["| variable | meaning |", "| --- | --- |", *(f"| `{name}` | {text} |" for name, text in OURS.items())]
     parts += ["\n## Multiflow's own sections\n"]
     parts += ["Their meaning is Multiflow's; these are the keys that are read, and what a missing one means.\n"]
@@ -104,6 +107,8 @@ def _values(annotation: Any) -> str:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if origin in (Union, types.UnionType):
         return ", ".join(_values(part) for part in get_args(annotation) if part is not type(None))
+    if origin is tuple:
+        return f"a list of {_values(get_args(annotation)[0]).removeprefix('a ')}s"
     return {str: "a word", bool: "`true`, `false`", int: "a whole number", float: "a number"}[annotation]
 
 

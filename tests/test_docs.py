@@ -1,5 +1,7 @@
 """The pages: those written from the code are up to date, their code runs, their settings and commands exist."""
 
+import functools
+import http.server
 import importlib.util
 import json
 import os
@@ -7,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -128,20 +131,62 @@ def test_every_page_has_a_place_in_the_site(root):
     assert sorted(planned) == sorted(there | ADOPTED)
 
 
-@pytest.mark.slow
-def test_the_site_is_built_without_a_warning(root, tmp_path):
-    """`mkdocs build --strict`, and nothing in it is fetched from elsewhere."""
+@pytest.fixture(scope="module")
+def site(root, tmp_path_factory):
+    """The site, built with warnings as errors."""
     pytest.importorskip("material", reason="the site needs the extra [docs]")
-    done = in_a_process(root, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site")
+    folder = tmp_path_factory.mktemp("site")
+    done = in_a_process(root, "-m", "mkdocs", "build", "--strict", "--site-dir", folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    built = {str(page.relative_to(tmp_path / "site")) for page in (tmp_path / "site").rglob("*.html")}
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_is_whole_and_fetches_nothing(root, site):
+    """Every page of the plan, and no script, font, picture or frame from elsewhere."""
+    built = {str(page.relative_to(site)) for page in site.rglob("*.html")}
     assert {page.removesuffix(".md") + ".html" for page in nav(root)} <= built
     fetched = re.compile(r"<(?:script|img|iframe|source|link)[^>]*\s(?:src|href)=\"?(?:https?:)?//")
-    for page in (tmp_path / "site").rglob("*.html"):
+    for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
-        assert not fetched.search(text.replace('rel="canonical"', "")), page
+        assert not fetched.search(text), page
         assert "fonts.googleapis" not in text and "google-analytics" not in text
-    assert not list((tmp_path / "site").rglob("*.py")), "the programs in docs/ are no part of the site"
+    assert not list(site.rglob("*.py")), "the programs in docs/ are no part of the site"
+
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+)
+
+
+def console(page, folder):
+    """What a page writes to the browser's console: from a server, as scripts of pages from a folder are held back."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(page.parent))
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        options = f"--headless=new --no-sandbox --disable-gpu --virtual-time-budget=5000 --user-data-dir={folder}"
+        address = f"http://127.0.0.1:{server.server_port}/{page.name}"
+        done = subprocess.run(
+            [CHROMIUM, *options.split(), "--enable-logging=stderr", "--dump-dom", address],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        server.shutdown()
+    assert "<html" in done.stdout
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not here")
+def test_a_browser_shows_the_site_without_an_error(site, tmp_path):
+    shown, said = console(site / "index.html", tmp_path)
+    assert said == []
+    assert "Sample from a checkpoint" in shown
+    (site / "planted.html").write_text("<html><script>nothing.here()</script><p>text</p></html>")
+    assert any("nothing is not defined" in line for line in console(site / "planted.html", tmp_path)[1])
 
 
 @pytest.mark.slow

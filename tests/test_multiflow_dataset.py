@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import math
+import multiprocessing
 import pickle
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from foldkernels.compat.errors import BadInput
@@ -22,16 +25,20 @@ from foldkernels.compat.multiflow.dataset import (
     LengthBatchSampler,
     StructureDataset,
     as_data_config,
+    check_data,
     collate,
+    parsed,
+    reading,
     training_batches,
 )
 from foldkernels.compat.multiflow.dataset.crops import draw_crop
 from foldkernels.compat.multiflow.dataset.filters import least_compact
-from foldkernels.compat.multiflow.residues import LETTERS, NAMES
+from foldkernels.compat.multiflow.residues import LETTERS, MASK, NAMES
 from foldkernels.compat.multiflow.structures import read_structure
 from foldkernels.configs.data import SamplerConfig
 
 PDB = Path(__file__).parent / "goldens" / "pdb" / "1odh.pdb"
+GOLDENS = Path(__file__).parent / "goldens" / "multiflow"
 FEATURES = {
     "res_mask": torch.float32,
     "diffuse_mask": torch.float32,
@@ -119,6 +126,51 @@ def test_an_item_has_the_frames_that_sampling_reads(folder: Path, settings: Call
     assert item["res_mask"].all()
 
 
+@pytest.mark.parametrize("examples", ["chains", "complexes"])
+def test_items_are_the_originals(folder: Path, settings: Callable[..., dict[str, Any]], examples: str) -> None:
+    """What Multiflow's own processing makes of the same files.
+
+    Two differences are meant: it takes modified residues for unknown ones, and a complex's water for residues that are
+    not there. `edited.pdb` has unknown residues at the ends and inside, insertion codes, a gap in the numbering, a
+    residue without CA.
+    """
+    shutil.copy(PDB, folder)
+    for path in (GOLDENS / "data").glob("*.pdb.gz"):
+        (folder / path.name.removesuffix(".gz")).write_bytes(gzip.decompress(path.read_bytes()))
+    golden = load_file(GOLDENS / "data" / "features.safetensors")
+    data = quiet(folder, settings(examples=examples, filter={"min_num_res": 2, "max_num_res": 400}))
+    compared = 0
+    for index, example in enumerate(data.examples):
+        known = {
+            name.rpartition("/")[2]: value for name, value in golden.items() if name.startswith(example.name + "/")
+        }
+        if not known:
+            assert examples == "complexes"
+            continue
+        compared += 1
+        item = data[index]
+        ours, theirs = item["res_mask"] > 0.5, known["res_mask"] > 0.5
+        if examples == "chains":
+            assert torch.equal(ours, theirs[: len(ours)])
+            assert not theirs[len(ours) :].any()
+        known, item = (
+            {name: value[theirs] for name, value in known.items()},
+            {name: value[ours] for name, value in item.items() if name != "csv_idx"},
+        )
+        centred = known["trans_1"] - known["trans_1"].mean(0)
+        torch.testing.assert_close(item["trans_1"], centred, rtol=0, atol=2e-5)
+        torch.testing.assert_close(item["rotmats_1"], known["rotmats_1"], rtol=0, atol=2e-5)
+        torch.testing.assert_close(item["res_plddt"], known["res_plddt"])
+        assert torch.equal(item["res_idx"], known["res_idx"].long())
+        modified = (known["aatypes_1"] == MASK) & (item["aatypes_1"] == LETTERS.index("M"))
+        assert torch.equal(item["aatypes_1"][~modified], known["aatypes_1"][~modified].long())
+        assert int(modified.sum()) == {"2qlw": 16 if examples == "complexes" else 8}.get(example.name[:4], 0)
+        same_chain = known["chain_idx"][:, None] == known["chain_idx"]
+        assert torch.equal(item["chain_idx"][:, None] == item["chain_idx"], same_chain)
+        assert set(item["chain_idx"].tolist()) == set(known["chain_idx"].tolist())
+    assert compared == {"chains": 5, "complexes": 1}[examples]
+
+
 def test_residues_without_a_frame(folder: Path, settings: Callable[..., dict[str, Any]]) -> None:
     names = "X" + "ACDEFGHIKL" + "X"
     text = chain_lines(12, first=5, names=names, lacking={1: "N", 4: "C", 10: "CA"})
@@ -187,6 +239,11 @@ def test_filters(folder: Path, settings: Callable[..., dict[str, Any]]) -> None:
     assert confident.report.reasons["pLDDT"] == 5
 
 
+def test_a_b_factor_that_is_no_number_is_zero(folder: Path, settings: Callable[..., dict[str, Any]]) -> None:
+    (folder / "a.pdb").write_text(chain_lines(5).replace(" 50.00", "   nan"))
+    assert StructureDataset(folder, settings())[0]["res_plddt"].tolist() == [0] * 5
+
+
 def test_plddt_marks_residues(folder: Path, settings: Callable[..., dict[str, Any]]) -> None:
     (folder / "a.pdb").write_text(chain_lines(5, b_factor=70) + chain_lines(5, "B", b_factor=70.01, start=50))
     data = StructureDataset(folder, settings(examples="complexes", min_plddt=70))
@@ -226,6 +283,7 @@ def hostile(folder: Path) -> set[str]:
     (folder / "dna.pdb").write_text("".join(f"{line[:17]} DA{line[20:]}" for line in lines[:-1]))
     (folder / "calphas.pdb").write_text("".join(line + "\n" for line in text.splitlines() if " CA " in line))
     (folder / "nan.pdb").write_text(text.replace(text[30:38], "     nan", 1))
+    (folder / "no_text.pdb").write_bytes(text.encode().replace(b" A ", b" \xff ", 3))
     (folder / "remarks.pdb").write_text("REMARK   1\n" * 10 + "END\n")
     huge = "1 ATOM C CA . ALA A 1 1 ? 1e300 0 0 1 10 1 A 1"
     columns = "id group_PDB type_symbol label_atom_id label_alt_id label_comp_id label_asym_id label_entity_id "
@@ -277,6 +335,9 @@ def test_nothing_to_train_on(folder: Path, tmp_path: Path, settings: Callable[..
         StructureDataset(folder, settings(filter={"min_num_res": 10}))
     assert "too short: 1\n  short.pdb:A: 3 residues, min_num_res is 10" in str(caught.value)
     assert "cannot be read: " in str(caught.value)
+    report = check_data(folder, settings(filter={"min_num_res": 10}))
+    assert (report.files, report.lengths) == (len(bad) + 1, ())
+    assert str(report).startswith(f"{folder}: {len(bad) + 1} files, 0 examples, 0 residues\nleft out: {len(bad) + 1}\n")
 
 
 def test_settings_are_checked() -> None:
@@ -300,8 +361,6 @@ def entries(cache: Path) -> list[Path]:
 def test_what_was_read_is_kept(
     folder: Path, tmp_path: Path, settings: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from foldkernels.compat.multiflow.dataset import parsed
-
     calls: list[str] = []
     read_atoms = parsed.read_atoms
     monkeypatch.setattr(parsed, "read_atoms", lambda path: (calls.append(path.name), read_atoms(path))[1])
@@ -532,6 +591,49 @@ def test_a_loader_gives_the_same_batches_again(
         torch.testing.assert_close(orthogonal, torch.eye(3).expand_as(orthogonal), rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_processes_read_many_new_files(
+    folder: Path, settings: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    read_atoms = parsed.read_atoms
+    monkeypatch.setattr(parsed, "read_atoms", lambda path: (calls.append(path.name), read_atoms(path))[1])
+    monkeypatch.setattr(reading, "_MANY", 5)
+    for place in range(5):
+        (folder / f"{place}.pdb").write_text(chain_lines(20 + place))
+    (folder / "broken.pdb").write_text("")
+    data = StructureDataset(folder, settings(loader={"num_workers": 2}))
+    assert data.lengths == [20, 21, 22, 23, 24]
+    assert calls == ["broken.pdb"]  # this process has only looked through them
+    assert data.report.reasons == {"cannot be read": 1}
+
+
+def test_processes_that_start_together(folder: Path, settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    for place in range(12):
+        (folder / f"{place:02}.pdb").write_text(chain_lines(20 + place))
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+
+    def read(rank: int) -> None:
+        torch.set_num_threads(1)
+        try:
+            data = StructureDataset(folder, settings(), rank=rank % 3, world_size=3)
+            results.put([data[index]["trans_1"].sum().item() for index in range(len(data))])
+        except BaseException as error:  # or the test would wait forever
+            results.put(repr(error))
+            raise
+
+    processes = [context.Process(target=read, args=(rank,)) for rank in range(6)]
+    for process in processes:
+        process.start()
+    found = [results.get() for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert len(found[0]) == 12
+    assert all(one == found[0] for one in found)
+    assert [path.suffix for path in entries(tmp_path / "cache")] == [".safetensors"] * 12
+
+
 def test_ranks_share_the_first_reading(folder: Path, settings: Callable[..., dict[str, Any]]) -> None:
     for place in range(6):
         (folder / f"{place}.pdb").write_text(chain_lines(20 + place))
@@ -543,7 +645,8 @@ def test_ranks_share_the_first_reading(folder: Path, settings: Callable[..., dic
 def test_an_account_of_the_folder(folder: Path, settings: Callable[..., dict[str, Any]]) -> None:
     for place, num_res in enumerate((5, 60, 62, 90)):
         (folder / f"{place}.pdb").write_text(chain_lines(num_res))
-    report = quiet(folder, settings(filter={})).report
+    report = check_data(folder, settings(filter={}))
+    assert report == quiet(folder, settings(filter={})).report
     assert report.files == 4
     assert report.reasons == {"too short": 1}
     histogram = report.histogram(4)

@@ -6,7 +6,7 @@ from .batches import LengthBatchSampler, collate, training_batches
 from .features import make_features
 from .reading import Example
 from .report import DataReport, Skipped
-from .structures import Draw, StructureDataset, as_data_config
+from .structures import Draw, StructureDataset, as_data_config, check_data
 
 __all__ = [
     "DataReport",
@@ -16,6 +16,7 @@ __all__ = [
     "Skipped",
     "StructureDataset",
     "as_data_config",
+    "check_data",
     "collate",
     "make_features",
     "training_batches",

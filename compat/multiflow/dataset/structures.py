@@ -16,12 +16,10 @@ from ....configs.data import DataConfig
 from ....kernels import tile_cache
 from ...errors import BadInput
 from ..configuration import as_data, checked
-from ..progress import progress_bar
 from .crops import draw_crop
 from .features import make_features
-from .files import structure_files
 from .parsed import ParsedChain, ParsedFile, StructureCache
-from .reading import Example, Reading
+from .reading import Example, read_folder
 from .report import DataReport
 
 _MOST_IN_MEMORY = 1024
@@ -86,27 +84,18 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         progress: bool | None = None,
     ) -> None:
         self.config = as_data_config(config)
-        self._folder = Path(folder)
         self._cache = StructureCache(_cache_folder(self.config.cache))
         self._in_memory: dict[Path, ParsedFile] = {}
-        paths = structure_files(self._folder)
-        reading = Reading(self.config, self._folder)
-        first = len(paths) * rank // max(world_size, 1)
-        with progress_bar("reading structures", len(paths), False if rank else progress) as advance:
-            for path in paths[first:] + paths[:first]:
-                reading.add(path, self._cache)
-                advance()
-        self.examples, skipped = reading.result(paths)
-        self.report = DataReport(
-            str(folder), len(paths), tuple(example.num_res for example in self.examples), tuple(skipped)
+        self.examples, self.report = read_folder(
+            Path(folder), self.config, self._cache, rank=rank, world_size=world_size, progress=progress
         )
         if not self.examples:
             raise BadInput(
-                f"{folder}: none of {len(paths)} structure file(s) can be used.\n{self.report.skipped_text()}",
+                f"{folder}: none of {self.report.files} structure file(s) can be used.\n{self.report.skipped_text()}",
                 "correct the files, or the filters in the data settings.",
             )
         if rank == 0:
-            if skipped:
+            if self.report.skipped:
                 warnings.warn(
                     f"{folder}: {len(self.examples)} example(s) are used, and left out are\n"
                     f"{self.report.skipped_text()}",
@@ -157,6 +146,21 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
     def __getstate__(self) -> dict[str, Any]:
         # Worker processes read what they need.
         return {**self.__dict__, "_in_memory": {}}
+
+
+def check_data(folder: str | os.PathLike[str], config: Any = None, *, progress: bool | None = None) -> DataReport:
+    """Reads a folder as training would, and says what is in it; also where nothing of it can be used.
+
+    Args:
+        folder: The folder, or a single file.
+        config: The settings, in any form that `as_data_config` takes.
+        progress: False shows no progress bar.
+
+    Raises:
+        BadInput: A setting is wrong, or there is no structure file.
+    """
+    settings = as_data_config(config)
+    return read_folder(Path(folder), settings, StructureCache(_cache_folder(settings.cache)), progress=progress)[1]
 
 
 def _cache_folder(setting: str) -> Path | None:
