@@ -84,14 +84,14 @@ def empty_model(path: Path) -> tuple[FlowModel, Any]:
     from ..compat.multiflow.loading import options_of
     from ..compat.multiflow.model import FlowModel
 
-    config, source = _config(path)
+    config, source = read_model_config(path)
     section = model_section(config, source)
     with torch.device("meta"):  # shapes are all that is needed
         empty = FlowModel(section, options_of(Checkpoint({}, config, source)))
     return empty, _kernel_section(config, source)
 
 
-def _config(path: Path) -> tuple[DictConfig, Path]:
+def read_model_config(path: Path) -> tuple[DictConfig, Path]:
     """The config that a path means, and the file it is from; weights are read only where the config is inside them."""
     from ..compat.multiflow.checkpoint import CONFIG_NAME, find_weights, read_checkpoint
     from ..compat.multiflow.configuration import read_config
