@@ -67,7 +67,7 @@ def run(
     from ..compat.multiflow.model import FlowModel
     from ..kernels.explanation import explain
 
-    config, source = _config(model)
+    config, source = read_model_config(model)
     section = model_section(config, source)
     with torch.device("meta"):  # shapes are all that is needed
         empty = FlowModel(section, options_of(Checkpoint({}, config, source)))
@@ -87,7 +87,7 @@ def run(
         raise typer.Exit(2)
 
 
-def _config(path: Path) -> tuple[DictConfig, Path]:
+def read_model_config(path: Path) -> tuple[DictConfig, Path]:
     """The config that a path means, and the file it is from; weights are read only where the config is inside them."""
     from ..compat.multiflow.checkpoint import CONFIG_NAME, find_weights, read_checkpoint
     from ..compat.multiflow.configuration import read_config
