@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
 import multiprocessing
 import pickle
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from foldkernels.cli.main import main
 from foldkernels.compat.errors import BadInput
 from foldkernels.compat.multiflow.dataset import (
     Draw,
@@ -658,3 +660,38 @@ def test_an_account_of_the_folder(folder: Path, settings: Callable[..., dict[str
     text = str(report)
     assert "4 files, 3 examples, 212 residues" in text
     assert "too short: 1" in text
+
+
+def test_the_command_line_checks_data(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOLDKERNELS_CACHE", str(tmp_path / "mine"))
+    config = tmp_path / "config.yaml"
+    config.write_text("model: {}\ndata: {filter: {min_num_res: 10}, crop: 32, sampler: {max_batch_size: 2}}\n")
+
+    def call(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(["train", str(config), "--data", str(folder), *map(str, words)])
+        return code, *capsys.readouterr()
+
+    (folder / "broken.pdb").write_text("")
+    code, out, _ = call("--check-data")
+    assert code == 1
+    assert "1 file, 0 examples, 0 residues" in out
+    assert "broken.pdb: is empty" in out
+    for place in range(3):
+        (folder / f"{place}.pdb").write_text(chain_lines(60 + place))
+    code, out, _ = call("--check-data")
+    assert code == 0
+    assert "4 files, 3 examples, 183 residues" in out
+    assert "batches of an epoch, on one process: 2" in out
+    code, out, _ = call("--check-data", "--json")
+    assert code == 0
+    assert json.loads(out)["reasons"] == {"cannot be read": 1}
+    code, _, err = call()
+    assert code == 2
+    assert "--out is needed" in err
+    config.write_text("model: {}\ndata: {filter: {min_res: 10}}\n")
+    code, _, err = call("--check-data")
+    assert code == 2
+    assert "did you mean 'min_num_res'" in err
