@@ -1,4 +1,4 @@
-"""Multiflow: its checkpoints, its model, its sampling. `from foldkernels.compat import multiflow`."""
+"""Multiflow: its checkpoints, its model, its sampling, its training. `from foldkernels.compat import multiflow`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ if TYPE_CHECKING:
     from .model import FlowModel
     from .patching import patch
     from .sampling import run_sampling
+    from .training import corrupt_batch, losses, self_condition
+    from .worker import Worker
 
 # Loaded when asked for: reading a checkpoint needs none of what sampling needs.
 _HOMES = {
     "FlowModel": "model",
     "Interpolant": "interpolant",
     "ModelConfig": "configuration",
+    "Worker": "worker",
+    "corrupt_batch": "training",
     "load": "loading",
+    "losses": "training",
     "patch": "patching",
     "read_checkpoint": "checkpoint",
     "run_sampling": "sampling",
+    "self_condition": "training",
     "write_safetensors": "checkpoint",
 }
 
@@ -30,10 +36,14 @@ __all__ = [
     "FlowModel",
     "Interpolant",
     "ModelConfig",
+    "Worker",
+    "corrupt_batch",
     "load",
+    "losses",
     "patch",
     "read_checkpoint",
     "run_sampling",
+    "self_condition",
     "write_safetensors",
 ]
 

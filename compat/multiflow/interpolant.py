@@ -66,6 +66,12 @@ class Interpolant:
         """Samples on this device rather than on the model's; None goes back to the model's."""
         self._device = None if device is None else torch.device(device)
 
+    def corrupt_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Draws a time for each protein of a clean batch, and noises it; see `training.corruption.corrupt_batch`."""
+        from .training.corruption import corrupt_batch  # sampling needs none of it
+
+        return corrupt_batch(batch, self.cfg)
+
     def sample(
         self,
         num_batch: int,
@@ -153,7 +159,7 @@ class Interpolant:
         if inverse_folding:
             known["trans_1"] = known["rotmats_1"] = "inverse folding keeps the backbone"
 
-        device = self._device or _device_of(model)
+        device = self._device or device_of(model)
         draws = Draws(num_batch, seeds)
         start = prepare(
             num_batch,
@@ -287,7 +293,8 @@ class Interpolant:
         )
 
 
-def _device_of(model: Any) -> torch.device:
+def device_of(model: Any) -> torch.device:
+    """Where a model is; the CPU for a callable without parameters."""
     if isinstance(model, torch.nn.Module):
         for tensor in (*model.parameters(), *model.buffers()):
             return tensor.device

@@ -1,0 +1,111 @@
+"""What the config and the caller say about devices, steps and checkpoints, as Lightning's arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytorch_lightning as lightning
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from ....configs.kernel import did_you_mean
+from ...errors import BadInput
+from .settings import ExperimentConfig
+
+#: Arguments of the trainer that are settled here, or by other settings.
+_OURS = (
+    "callbacks", "logger", "default_root_dir", "use_distributed_sampler", "enable_checkpointing",
+    "enable_progress_bar", "enable_model_summary", "plugins", "max_time", "reload_dataloaders_every_n_epochs",
+)  # fmt: skip
+_ROUNDED_FRAMES = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
+
+
+def check_experiment(experiment: ExperimentConfig) -> None:
+    """Refuses arguments that PyTorch and Lightning do not know, before anything is read or built.
+
+    Raises:
+        BadInput: The first such, with the nearest that exists.
+    """
+    _check_names("experiment.optimizer", experiment.optimizer, torch.optim.AdamW, ("params",))
+    _check_names("experiment.trainer", experiment.trainer, lightning.Trainer, _OURS)
+    _check_names("experiment.checkpointer", experiment.checkpointer, ModelCheckpoint, ("dirpath",))
+    precision = str(experiment.trainer.get("precision", "32-true"))
+    if precision in _ROUNDED_FRAMES:
+        raise BadInput(
+            f"experiment.trainer.precision: {precision} would round positions and rotations",
+            "use bf16-mixed, or 32-true.",
+        )
+
+
+def trainer_options(experiment: ExperimentConfig, device: str | None, steps: int | None) -> dict[str, Any]:
+    """The trainer's arguments.
+
+    Args:
+        experiment: `experiment`.
+        device: `cpu`, `cuda`, `cuda:1` or `mps`; by default what the config says (`trainer.accelerator`), else the best
+            one here.
+        steps: Steps of the optimizer, in place of the config's epochs.
+
+    Raises:
+        BadInput: There is no such device here.
+    """
+    options = {
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+        "log_every_n_steps": 10,
+        **experiment.trainer,
+    }
+    options |= _devices(experiment, device)
+    if options["devices"] == 1 and int(options.get("num_nodes", 1)) == 1:
+        options.pop("strategy", None)  # the original's config says ddp, which a single process can do without
+    if steps is not None:
+        options = {**options, "max_steps": steps, "max_epochs": -1}
+    if options.get("max_steps", -1) == -1 and options.get("max_epochs") is None:
+        options["max_epochs"] = 200
+    return options
+
+
+def _devices(experiment: ExperimentConfig, device: str | None) -> dict[str, Any]:
+    accelerator = str(experiment.trainer.get("accelerator", "auto"))
+    if device is None:
+        known = {"gpu": "cuda", "cuda": "cuda", "cpu": "cpu", "mps": "mps", "auto": _best()}
+        if accelerator not in known:
+            return {"accelerator": accelerator, "devices": experiment.num_devices}
+        device = known[accelerator]
+        if device == "cuda" and not torch.cuda.is_available():
+            raise BadInput(
+                f"experiment.trainer.accelerator is {accelerator}, and PyTorch can use no GPU of that kind here",
+                f"train on what is here: --device {_best()}",
+            )
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()):
+        raise BadInput(f"device {device!r} is none of cpu, cuda, cuda:1 and mps")
+    found = torch.cuda.device_count() if kind == "cuda" else int(kind == "cpu" or torch.backends.mps.is_available())
+    if found == 0:
+        raise BadInput(f"device {device!r} cannot be used here", f"use --device {_best()}")
+    if index:
+        if int(index) >= found:
+            raise BadInput(f"device {device!r}: there are {found} here")
+        return {"accelerator": "gpu", "devices": [int(index)]}
+    if kind != "cuda":
+        return {"accelerator": kind, "devices": 1}
+    if experiment.num_devices > found:
+        raise BadInput(f"experiment.num_devices is {experiment.num_devices}, and there are {found} GPU(s) here")
+    return {"accelerator": "gpu", "devices": experiment.num_devices}
+
+
+def _best() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _check_names(where: str, given: Mapping[str, Any], function: Callable[..., Any], ours: tuple[str, ...]) -> None:
+    known = [name for name in inspect.signature(function).parameters if name not in ours]
+    for name in given:
+        if name in ours:
+            raise BadInput(f"{where}.{name} is settled by foldkernels", "leave it out.")
+        if name not in known:
+            raise BadInput(f"{where}: no key {name!r}{did_you_mean(str(name), known)}")
