@@ -433,7 +433,7 @@ def test_doctor_never_crashes(call, monkeypatch):
     assert json.loads(call("doctor", "--no-check", "--json").out)["problems"]
 
 
-@pytest.mark.parametrize("command", ["sample", "convert", "explain", "doctor", "verify"])
+@pytest.mark.parametrize("command", ["sample", "convert", "explain", "doctor", "verify", "tune"])
 def test_help_has_examples(call, command):
     done = call(command, "--help")
     assert done.code == 0
