@@ -16,12 +16,13 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import log
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from foldkernels.cli.benchmarking.fits import power_law
 
 from . import side_by_side
 from .measure import compare, extra_peak_memory, machine
@@ -160,19 +161,14 @@ def prepare_memory(task: Mapping[str, Any], our_side: bool) -> tuple[Callable[[]
 # Growth ---------------------------------------------------------------------------------------------------------------
 
 
-def exponent(lengths: Sequence[int], megabytes: Sequence[float]) -> float:
-    """The slope of log memory over log length, by least squares."""
-    x, y = [log(n) for n in lengths], [log(m) for m in megabytes]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
-
-
 def grow(path: Path, lengths: Sequence[int] = LENGTHS) -> None:
     """Measure our extra peak memory at each length, and write and print it with its exponents."""
     found: dict[str, Any] = {"lengths": list(lengths), "machine": asdict(machine())}
     for mode in MODES:
         memory = [extra_peak_memory(prepare_memory, asdict(Task(mode, length)), True) for length in lengths]
-        found[mode] = {"extra_mb": memory, "exponent": exponent(lengths, memory)}
+        fit = power_law(lengths, memory)
+        assert fit is not None, "two lengths at least"
+        found[mode] = {"extra_mb": memory, "exponent": fit.exponent}
         row = ", ".join(f"{length}: {m:,.1f} MB" for length, m in zip(lengths, memory, strict=True))
         print(f"{mode}: {row}; exponent {found[mode]['exponent']:.3f}")
     path.write_text(json.dumps(found, indent=1) + "\n")

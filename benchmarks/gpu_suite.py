@@ -29,15 +29,14 @@ import argparse
 import json
 import math
 import os
-import select
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from foldkernels.cli.benchmarking.workers import Worker, WorkerDied
 
 from .gpu_subjects import LAYERS, ROOT, Item, needs
 
@@ -66,45 +65,22 @@ class Stage:
 # The worker -----------------------------------------------------------------------------------------------------------
 
 
-class Work:
+class Work(Worker):
     """A worker process, started when it is needed and replaced when it dies or hangs."""
 
     def __init__(self, device: str, quick: bool) -> None:
-        self.command = [sys.executable, "-m", "benchmarks.gpu_worker", device, "quick" if quick else "full"]
-        self.process: subprocess.Popen[str] | None = None
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as this object
+        command = [sys.executable, "-m", "benchmarks.gpu_worker", device, "quick" if quick else "full"]
+        super().__init__(command, folder=ROOT)
 
-    def ask(self, item: Item, seconds: float) -> Row:
+    def ask(self, item: Item, seconds: float) -> Row:  # type: ignore[override]
         """What the worker answers; `raised` where it does not."""
-        if self.process is None:
-            self.process = subprocess.Popen(
-                self.command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log
-            )
-        assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            print(json.dumps(asdict(item)), file=self.process.stdin, flush=True)
-            ready, _, _ = select.select([self.process.stdout], [], [], seconds)
-            line = self.process.stdout.readline() if ready else ""
-        except BrokenPipeError:
-            ready, line = [self.process.stdout], ""
-        if line:
-            found: Row = json.loads(line)
-            if found.get("fatal"):
-                self.close()
-            return found
-        self.close()
-        return {"raised": f"the worker died: {self.said()}" if ready else f"no answer within {seconds:.0f} s"}
-
-    def said(self) -> str:
-        """The end of what the worker printed."""
-        self.log.seek(0)
-        return " ".join(self.log.read()[-400:].split())
-
-    def close(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
+            found = super().ask(asdict(item), seconds)
+        except WorkerDied as died:
+            return {"raised": str(died)}
+        if found.get("fatal"):
+            self.close()
+        return found
 
 
 # The plan -------------------------------------------------------------------------------------------------------------

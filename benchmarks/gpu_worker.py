@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from foldkernels.cli.benchmarking.timing import FLUSHED, event_seconds
 from foldkernels.kernels.accuracy import reasons
 from foldkernels.kernels.examples.builders import PUBLISHED, has_example
 from foldkernels.kernels.examples.case import Case
@@ -31,7 +32,6 @@ GRID = ((17, "masked"), (33, "transposed"), (64, "plain"), (129, "masked"))
 QUICK_GRID = ((7, "masked"),)
 #: Seconds that one time may take, and how many calls at least and at most.
 SECONDS, FEWEST, MOST = 0.35, 7, 100
-FLUSHED = 1 << 28  # bytes written between two calls: several times any L2 cache, so that a call finds nothing in it
 
 
 def long_case(operation: str) -> Any:
@@ -241,16 +241,7 @@ class Worker:
                 run()
                 found.append(1e3 * (time.perf_counter() - start))
             return found
-        events = []
-        for _ in range(calls):
-            self.flush.zero_()
-            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            pair[0].record()
-            run()
-            pair[1].record()
-            events.append(pair)
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in events]
+        return [1e3 * seconds for seconds in event_seconds(run, calls, self.flush)]
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from foldkernels.cli.benchmarking import judging
+from foldkernels.cli.benchmarking.draws import draw_chains, draw_weights
 
 from . import original_formulas, side_by_side
 from .measure import compare, machine
@@ -122,73 +124,16 @@ ROWS = (
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def draw_weights(module: nn.Module, seed: int = 0) -> None:
-    """Fill a module with weights that are nowhere zero: an output layer initialised to zero would hide every error.
-
-    Matrices get standard deviation 1 / sqrt(inputs), biases 0.1, normalisation weights 1 +- 0.1; the backbone update is
-    ten times smaller, so that chains stay chains through eight blocks. Drawn in the order of the names, not of the
-    modules, so that any two modules with the same `state_dict` keys get the same weights.
-
-    Args:
-        module: changed in place.
-        seed: of the generator.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    norms = {name for name, part in module.named_modules() if isinstance(part, nn.LayerNorm)}
-    state = module.state_dict()
-    for name in sorted(state):
-        owner, _, leaf = name.rpartition(".")
-        drawn = torch.randn(state[name].shape, generator=generator)
-        if owner in norms:
-            drawn = 0.1 * drawn + (1.0 if leaf == "weight" else 0.0)
-        elif leaf == "head_weights":
-            drawn = 0.5 + 0.3 * drawn
-        elif "embedding" in owner:
-            drawn = 0.5 * drawn
-        elif drawn.dim() > 1:
-            drawn = drawn / math.sqrt(drawn.shape[-1])
-        else:
-            drawn = 0.1 * drawn
-        state[name] = 0.1 * drawn if "bb_update" in name else drawn
-    module.load_state_dict(state)
-
-
 def draw_inputs(length: int, masked: int = 0, seed: int = 0, pairs: bool = True) -> dict[str, Tensor]:
     """The model's batch, and `s`, `z` for single layers; float32, batch size 1, the last `masked` residues absent.
 
     `pairs` may leave z empty, which the model does not take and which is nearly all of the work.
-
-    The chain is a random walk with steps of 3.8 Angstrom, so that distances are those of a protein.
     """
     generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(1, *shape, generator=generator)
-
-    def chain() -> Tensor:
-        steps = nn.functional.normalize(normal(length, 3), dim=-1)
-        walk = torch.cumsum(3.8 * steps, dim=1)
-        return walk - walk.mean(dim=1, keepdim=True)
-
-    mask = torch.ones(1, length)
-    if masked:
-        mask[:, -masked:] = 0
-    rotations = original_formulas.quaternion_to_matrix(nn.functional.normalize(normal(length, 4), dim=-1))
     return {
-        "res_mask": mask,
-        "diffuse_mask": torch.ones(1, length),
-        "chain_idx": torch.ones(1, length, dtype=torch.long),
-        "res_idx": torch.arange(1, length + 1)[None],
-        "so3_t": torch.full((1, 1), 0.3),
-        "r3_t": torch.full((1, 1), 0.3),
-        "cat_t": torch.full((1, 1), 0.3),
-        "trans_t": chain(),
-        "trans_sc": chain(),
-        "rotmats_t": rotations,
-        "aatypes_t": torch.randint(0, 21, (1, length), generator=generator),
-        "aatypes_sc": torch.softmax(normal(length, 21), dim=-1),
-        "s": normal(length, PUBLISHED["node_embed_size"]),
-        "z": normal(length, length if pairs else 0, PUBLISHED["edge_embed_size"]),
+        **draw_chains(length, generator, masked),
+        "s": torch.randn(1, length, PUBLISHED["node_embed_size"], generator=generator),
+        "z": torch.randn(1, length, length if pairs else 0, PUBLISHED["edge_embed_size"], generator=generator),
     }
 
 
@@ -360,7 +305,7 @@ def check(task: Task) -> tuple[bool, str]:
     after the eight blocks of a whole model, plus 1e-6 (float32) or 2e-3 (bfloat16) of the tensor's largest value. A
     gradient far smaller than the largest one counts as 1e-3 of that: `linear_b.bias` has none but rounding noise.
 
-    A whole model's gradients are judged by their norms: see `gradients_hold`.
+    A whole model's gradients are judged by their norms: see `judging.gradients_hold`.
 
     Args:
         task: the row. Dropout is off, a tenth of the residues is masked, and a step is checked at L=64 at most.
@@ -382,11 +327,6 @@ def check(task: Task) -> tuple[bool, str]:
     return correct, f"{words}, L={length}"
 
 
-#: What an error may be beyond plain PyTorch's, as a part of the tensor's largest value, and how far off the norm of a
-#: whole model's gradient may be.
-FLOORS = {"float32": (1e-6, 1e-2), "tf32": (5e-4, 0.2), "bfloat16": (2e-3, 0.5)}
-
-
 def judge(
     component: str,
     precision: str,
@@ -395,57 +335,8 @@ def judge(
     ours: Mapping[str, Tensor],
 ) -> tuple[bool, str]:
     """Compare what `results` found on three sides; see `check` for the rule."""
-    missing = truth.keys() - ours.keys()
-    if missing:
-        return False, f"no {', '.join(sorted(missing))}"
-
-    factor = 4.0 if component == "model" else 2.0
-    floor, most = FLOORS[precision]
-    largest_gradient = max((float(v.abs().max()) for k, v in truth.items() if k.startswith("grad")), default=0.0)
-    worst, words = -1.0, ""
-    if component == "model":
-        held, judged = gradients_hold(truth, theirs, ours, factor, floor, most)
-        if not held:
-            return False, judged
-        truth = {name: exact for name, exact in truth.items() if not name.startswith("grad")}
-    for name, exact in truth.items():
-        least = 1e-3 * largest_gradient if name.startswith("grad") else 0.0
-        scale = max(float(exact.abs().max()), least)
-        error, plain_error = (float((side[name].double() - exact).abs().max()) for side in (ours, theirs))
-        share = error / (factor * plain_error + floor * scale)
-        if not share <= worst:  # also takes NaN
-            worst = share
-            words = f"{name}: {error:.1e} (plain PyTorch {plain_error:.1e}) of {scale:.1e}"
-        if math.isnan(share):
-            break
-    return worst <= 1.0, words
-
-
-def gradients_hold(
-    truth: Mapping[str, Tensor],
-    theirs: Mapping[str, Tensor],
-    ours: Mapping[str, Tensor],
-    factor: float,
-    floor: float,
-    most: float,
-) -> tuple[bool, str]:
-    """Whether a whole model's gradients are right, and how far off they are, in words.
-
-    Among some ten million ReLUs a few stand so close to zero that two correct roundings differ in the sign. Such a flip
-    moves one entry of a gradient by far more than rounding, on either side. So the relative error of each tensor's norm
-    is taken: the median over all tensors is held to plain PyTorch's, and no tensor may be off by `most`.
-    """
-    names = [name for name in truth if name.startswith("grad") and not name.endswith("linear_b.bias")]
-    if not names:
-        return True, ""
-    errors, plain = (
-        [float((side[n].double() - truth[n]).norm() / truth[n].norm()) for n in names] for side in (ours, theirs)
-    )
-    median, plain_median = sorted(errors)[len(names) // 2], sorted(plain)[len(names) // 2]
-    largest = max(errors)
-    worst = names[errors.index(largest)]
-    words = f"gradients: median {median:.1e} (plain PyTorch {plain_median:.1e}), most {largest:.1e} in {worst}"
-    return median <= factor * plain_median + floor and largest <= most, words
+    found = judging.judge(component == "model", precision, truth, theirs, ours)
+    return found.passed, found.words
 
 
 def _double(value: Tensor) -> Tensor:

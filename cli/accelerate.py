@@ -74,8 +74,12 @@ def run(
         raise typer.Exit(1)
 
 
-def make(address: str) -> nn.Module:
+def make(address: str, option: str = "--check") -> nn.Module:
     """The model at `module:factory`.
+
+    Args:
+        address: Where it is.
+        option: Where the address comes from, for errors.
 
     Raises:
         BadInput: There is none, and why.
@@ -84,24 +88,35 @@ def make(address: str) -> nn.Module:
 
     from ..compat.errors import BadInput
 
+    model = found = found_at(address, option)
+    if not isinstance(found, nn.Module):
+        if not callable(found):
+            raise BadInput(f"{address} is a {type(found).__name__}: neither a model nor a function that makes one")
+        model = tried(f"calling {address} without arguments", found)
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"{address} gave a {type(model).__name__}, no torch.nn.Module")
+    return model
+
+
+def found_at(address: str, option: str) -> Any:
+    """What stands at `module:name`; the module may be a .py file.
+
+    Raises:
+        BadInput: There is nothing, and why.
+    """
+    from ..compat.errors import BadInput
+
     where, colon, name = address.rpartition(":")
     if not (colon and where and name):
         hint = "write MODULE:FACTORY, as in mypackage.models:build_model"
-        raise BadInput(f"--check {address!r} names no module and factory", hint)
-    found: Any = _tried(f"importing {where}", lambda: _module(where))
+        raise BadInput(f"{option} {address!r} names no module and factory", hint)
+    found: Any = tried(f"importing {where}", lambda: _module(where))
     for part in name.split("."):
         if not hasattr(found, part):
             near = ", ".join(n for n in dir(found) if not n.startswith("_"))[:300]
             raise BadInput(f"{where} has no {name!r}", f"it has: {near}")
         found = getattr(found, part)
-    model = found
-    if not isinstance(found, nn.Module):
-        if not callable(found):
-            raise BadInput(f"{address} is a {type(found).__name__}: neither a model nor a function that makes one")
-        model = _tried(f"calling {address} without arguments", found)
-    if not isinstance(model, nn.Module):
-        raise BadInput(f"{address} gave a {type(model).__name__}, no torch.nn.Module")
-    return model
+    return found
 
 
 def _module(where: str) -> Any:
@@ -119,7 +134,7 @@ def _module(where: str) -> Any:
     return module
 
 
-def _tried(what: str, function: Callable[[], Any]) -> Any:
+def tried(what: str, function: Callable[[], Any]) -> Any:
     """The user's own code: whatever it raises is told in one line, and with --debug in full."""
     from ..compat.errors import BadInput
 

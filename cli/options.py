@@ -25,6 +25,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON, an
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show the traceback of an error, too (also: FOLDKERNELS_DEBUG=1).")
 ]
+Imports = Annotated[
+    list[str] | None,
+    typer.Option("--import", metavar="MODULE", help="Import this first: it registers kernels of yours; repeatable."),
+]
 
 
 def split(values: Iterable[str] | None) -> list[str]:
@@ -53,3 +57,18 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def device_of_rank(asked: str, local_rank: int) -> str:
+    """The device of one of several processes on a machine: each takes a GPU of its own, as far as there are enough.
+
+    Args:
+        asked: The device; one with a number (cuda:1) is taken as it stands.
+        local_rank: The process's number on its machine.
+    """
+    import torch
+
+    if asked != "cuda":
+        return asked
+    # A launcher may show each process its own GPU only: that one is number 0 everywhere.
+    return f"cuda:{local_rank % max(torch.cuda.device_count(), 1)}"

@@ -6,7 +6,9 @@ import errno
 import functools
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ DEBUG_VARIABLE = "FOLDKERNELS_DEBUG"
 #: What the system says of a path that the user chose badly, rather than of a mistake of ours.
 _PATH_ERRORS = frozenset(
     getattr(errno, name, None) or -1  # Windows knows no EDQUOT
-    for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "ENOTDIR", "EISDIR", "ENAMETOOLONG")
+    for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENOTDIR", "EISDIR", "ENAMETOOLONG")
 )
 
 
@@ -45,7 +47,7 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
                 raise
             if debug:
                 traceback.print_exc()
-            print(f"error: {words}", file=sys.stderr)
+            print("\n".join([f"error: {words}", *getattr(error, "__notes__", ())]), file=sys.stderr)
             raise typer.Exit(2) from None
 
     return run
@@ -54,6 +56,30 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
 def print_json(data: Any) -> None:
     """Print a report as JSON, and nothing else with it."""
     print(json.dumps(data, indent=2, default=str))
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Take SIGTERM as Ctrl-C is taken, with exit code 143: schedulers send it, and launchers of which a rank failed."""
+    came = False
+
+    def stop(*_: object) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # Python hears signals there only
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if came:
+            raise typer.Exit(143) from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

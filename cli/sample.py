@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Debug, Device, Json, Kernel, best_device, split, whole_numbers
-from .reporting import print_json, reported
+from .options import Debug, Device, Json, Kernel, best_device, device_of_rank, split, whole_numbers
+from .reporting import print_json, reported, stopped_by_sigterm
 
 if TYPE_CHECKING:
     from ..compat.multiflow.model import FlowModel
     from ..compat.multiflow.sampling import SamplingRun
+    from ..compat.multiflow.worker import Worker
 
 NAME = "sample"
 SUMMARY = "Sample proteins from a Multiflow checkpoint."
@@ -30,12 +32,16 @@ Examples:
   foldkernels sample weights/ --task inverse_folding --pdb 1odh.pdb --chain A --out out/
   foldkernels sample weights/ --task forward_folding --pdb 1odh.pdb --num 8 --batch-size 4 --out out/
 \b
+On many GPUs and machines (the files are the same, whatever their number):
+  torchrun --nproc-per-node 8 -m foldkernels sample weights/ --length 100 -n 1000 --out out/
+  srun --ntasks 16 --gpus-per-task 1 foldkernels sample weights/ --length 100 -n 1000 --out /shared/out/
+\b
 Writes, for each sample:
   OUT/length_100/sample_0/   (folding: OUT/length_157/1odh/)
     sample.pdb, bb_traj.pdb, x0_traj.pdb, sample.fasta
 and for the run:
-  OUT/sample.fasta   all sequences
-  OUT/run.json       arguments, versions, kernels that ran, seeds, times
+  OUT/sample.fasta   the sequences of all samples in OUT
+  OUT/run.json       arguments, versions, kernels that ran, processes, seeds, times
 """
 
 
@@ -96,7 +102,9 @@ def run(
     """Sample proteins from a Multiflow checkpoint, on the kernels that you name.
 
     Samples that are there already are kept: after Ctrl-C, the same command makes what is missing. The same seed gives
-    the same samples, whatever the batch size and the device, up to rounding.
+    the same samples, whatever the batch size and the device, up to rounding. Several processes may fill one folder:
+    under torchrun, srun or mpirun, or started by hand, they share the samples, and take over what one of them that
+    died has left.
     """
     lengths = whole_numbers(length, "--length")
     chains = split(chain) or None
@@ -107,12 +115,16 @@ def run(
 
     from ..compat.multiflow.loading import load
     from ..compat.multiflow.sampling import run_sampling
+    from ..compat.multiflow.worker import Worker
     from ..kernels.registry import record_kernels
 
-    model = load(weights, device=device or best_device(), command_line=kernel or ())
+    worker = Worker.from_environment()
+    if worker.local_rank:  # what is wrong with a machine is told by its first process
+        warnings.simplefilter("ignore")
+    model = load(weights, device=_device(device, worker), command_line=kernel or ())
     _check_lengths(model, lengths, pdb, chains)
     kernels: dict[str, None] = {}
-    with record_kernels() as ran:
+    with record_kernels() as ran, stopped_by_sigterm():
 
         def kernels_so_far() -> list[str]:
             # The record has an entry for each call of each step: emptied, or a long run would fill the memory.
@@ -140,20 +152,36 @@ def run(
                     "weights": str(weights),
                     "kernel": list(kernel or ()),
                     "kernel_config": str(model.kernels.resolved) if model.kernels else "",
-                    "device": str(_device(model)),
+                    "device": str(_device_of(model)),
                 },
+                worker=worker,
             )
         except KeyboardInterrupt:
-            print(
-                f"stopped: the samples that are finished stay in {out}; the same command makes the rest",
-                file=sys.stderr,
-            )
+            if worker.rank == 0:
+                print(
+                    f"stopped: the samples that are finished stay in {out}; the same command makes the rest",
+                    file=sys.stderr,
+                )
             raise
-    report = _report(model, done, list(kernels))
+    if worker.rank:
+        return
+    report = _report(model, done, list(kernels), worker)
     if json:
         print_json(report)
     else:
         print(_text(report))
+
+
+def _device(asked: str | None, worker: Worker) -> str:
+    """Where this process's model goes, which then is the device that kernels are launched on."""
+    import torch
+
+    device = best_device() if asked is None else asked
+    if not worker.alone:
+        device = device_of_rank(device, worker.local_rank)
+    if device.startswith("cuda:") and device[5:].isdecimal() and int(device[5:]) < torch.cuda.device_count():
+        torch.cuda.set_device(int(device[5:]))
+    return device
 
 
 def _check_lengths(model: FlowModel, lengths: list[int], pdb: list[Path] | None, chains: list[str] | None) -> None:
@@ -173,17 +201,18 @@ def _check_lengths(model: FlowModel, lengths: list[int], pdb: list[Path] | None,
             )
 
 
-def _device(model: FlowModel) -> Any:
+def _device_of(model: FlowModel) -> Any:
     return next(model.parameters()).device
 
 
-def _report(model: FlowModel, done: SamplingRun, kernels: list[str]) -> dict[str, Any]:
+def _report(model: FlowModel, done: SamplingRun, kernels: list[str], worker: Worker) -> dict[str, Any]:
     return {
         "out": str(done.out_dir),
         "written": [str(done.out_dir / sample.folder) for sample in done.written],
         "kept": [str(done.out_dir / sample.folder) for sample in done.kept],
         "seconds": round(done.seconds, 3),
-        "device": str(_device(model)),
+        "device": str(_device_of(model)),
+        "processes": worker.world_size,
         "kernels": kernels,
         "bound": model.kernels.as_dict() if model.kernels else None,
     }
@@ -192,7 +221,8 @@ def _report(model: FlowModel, done: SamplingRun, kernels: list[str]) -> dict[str
 def _text(report: dict[str, Any]) -> str:
     """What a person wants to see of a run: the files (the first few), and the kernels."""
     written, kept = report["written"], report["kept"]
-    lines = [f"{len(written)} sample(s) written to {report['out']} in {report['seconds']:.1f} s on {report['device']}"]
+    on = report["device"] if report["processes"] == 1 else f"{report['processes']} processes"
+    lines = [f"{len(written)} sample(s) written to {report['out']} in {report['seconds']:.1f} s on {on}"]
     lines += [f"  {folder}/sample.pdb" for folder in written[:8]]
     if len(written) > 8:
         lines.append(f"  ... and {len(written) - 8} more")

@@ -19,6 +19,7 @@ from markdown.extensions.toc import slugify
 from pydantic import ValidationError
 
 from foldkernels.cli.main import app
+from foldkernels.configs.data import DataConfig
 from foldkernels.configs.kernel import KernelConfig
 from foldkernels.configs.options import FoldkernelsConfig
 
@@ -251,7 +252,7 @@ def test_python_that_is_wrong_is_seen(tmp_path):
     assert len(report["wrong"]) == 3 and "ended with status" in report["wrong"][2]
 
 
-SECTIONS = {"kernel": KernelConfig, "foldkernels": FoldkernelsConfig}
+SECTIONS = {"kernel": KernelConfig, "foldkernels": FoldkernelsConfig, "data": DataConfig}
 
 
 def check_yaml(block: Block) -> None:

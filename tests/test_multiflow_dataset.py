@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
+import multiprocessing
 import pickle
 import shutil
 import warnings
@@ -18,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from foldkernels.cli.main import main
 from foldkernels.compat.errors import BadInput
 from foldkernels.compat.multiflow.dataset import (
     Draw,
@@ -26,6 +29,8 @@ from foldkernels.compat.multiflow.dataset import (
     as_data_config,
     check_data,
     collate,
+    parsed,
+    reading,
     training_batches,
 )
 from foldkernels.compat.multiflow.dataset.crops import draw_crop
@@ -236,6 +241,11 @@ def test_filters(folder: Path, settings: Callable[..., dict[str, Any]]) -> None:
     assert confident.report.reasons["pLDDT"] == 5
 
 
+def test_a_b_factor_that_is_no_number_is_zero(folder: Path, settings: Callable[..., dict[str, Any]]) -> None:
+    (folder / "a.pdb").write_text(chain_lines(5).replace(" 50.00", "   nan"))
+    assert StructureDataset(folder, settings())[0]["res_plddt"].tolist() == [0] * 5
+
+
 def test_plddt_marks_residues(folder: Path, settings: Callable[..., dict[str, Any]]) -> None:
     (folder / "a.pdb").write_text(chain_lines(5, b_factor=70) + chain_lines(5, "B", b_factor=70.01, start=50))
     data = StructureDataset(folder, settings(examples="complexes", min_plddt=70))
@@ -275,6 +285,7 @@ def hostile(folder: Path) -> set[str]:
     (folder / "dna.pdb").write_text("".join(f"{line[:17]} DA{line[20:]}" for line in lines[:-1]))
     (folder / "calphas.pdb").write_text("".join(line + "\n" for line in text.splitlines() if " CA " in line))
     (folder / "nan.pdb").write_text(text.replace(text[30:38], "     nan", 1))
+    (folder / "no_text.pdb").write_bytes(text.encode().replace(b" A ", b" \xff ", 3))
     (folder / "remarks.pdb").write_text("REMARK   1\n" * 10 + "END\n")
     huge = "1 ATOM C CA . ALA A 1 1 ? 1e300 0 0 1 10 1 A 1"
     columns = "id group_PDB type_symbol label_atom_id label_alt_id label_comp_id label_asym_id label_entity_id "
@@ -352,8 +363,6 @@ def entries(cache: Path) -> list[Path]:
 def test_what_was_read_is_kept(
     folder: Path, tmp_path: Path, settings: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from foldkernels.compat.multiflow.dataset import parsed
-
     calls: list[str] = []
     read_atoms = parsed.read_atoms
     monkeypatch.setattr(parsed, "read_atoms", lambda path: (calls.append(path.name), read_atoms(path))[1])
@@ -584,6 +593,49 @@ def test_a_loader_gives_the_same_batches_again(
         torch.testing.assert_close(orthogonal, torch.eye(3).expand_as(orthogonal), rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_processes_read_many_new_files(
+    folder: Path, settings: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    read_atoms = parsed.read_atoms
+    monkeypatch.setattr(parsed, "read_atoms", lambda path: (calls.append(path.name), read_atoms(path))[1])
+    monkeypatch.setattr(reading, "_MANY", 5)
+    for place in range(5):
+        (folder / f"{place}.pdb").write_text(chain_lines(20 + place))
+    (folder / "broken.pdb").write_text("")
+    data = StructureDataset(folder, settings(loader={"num_workers": 2}))
+    assert data.lengths == [20, 21, 22, 23, 24]
+    assert calls == ["broken.pdb"]  # this process has only looked through them
+    assert data.report.reasons == {"cannot be read": 1}
+
+
+def test_processes_that_start_together(folder: Path, settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    for place in range(12):
+        (folder / f"{place:02}.pdb").write_text(chain_lines(20 + place))
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+
+    def read(rank: int) -> None:
+        torch.set_num_threads(1)
+        try:
+            data = StructureDataset(folder, settings(), rank=rank % 3, world_size=3)
+            results.put([data[index]["trans_1"].sum().item() for index in range(len(data))])
+        except BaseException as error:  # or the test would wait forever
+            results.put(repr(error))
+            raise
+
+    processes = [context.Process(target=read, args=(rank,)) for rank in range(6)]
+    for process in processes:
+        process.start()
+    found = [results.get() for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert len(found[0]) == 12
+    assert all(one == found[0] for one in found)
+    assert [path.suffix for path in entries(tmp_path / "cache")] == [".safetensors"] * 12
+
+
 def test_ranks_share_the_first_reading(folder: Path, settings: Callable[..., dict[str, Any]]) -> None:
     for place in range(6):
         (folder / f"{place}.pdb").write_text(chain_lines(20 + place))
@@ -608,3 +660,38 @@ def test_an_account_of_the_folder(folder: Path, settings: Callable[..., dict[str
     text = str(report)
     assert "4 files, 3 examples, 212 residues" in text
     assert "too short: 1" in text
+
+
+def test_the_command_line_checks_data(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOLDKERNELS_CACHE", str(tmp_path / "mine"))
+    config = tmp_path / "config.yaml"
+    config.write_text("model: {}\ndata: {filter: {min_num_res: 10}, crop: 32, sampler: {max_batch_size: 2}}\n")
+
+    def call(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(["train", str(config), "--data", str(folder), *map(str, words)])
+        return code, *capsys.readouterr()
+
+    (folder / "broken.pdb").write_text("")
+    code, out, _ = call("--check-data")
+    assert code == 1
+    assert "1 file, 0 examples, 0 residues" in out
+    assert "broken.pdb: is empty" in out
+    for place in range(3):
+        (folder / f"{place}.pdb").write_text(chain_lines(60 + place))
+    code, out, _ = call("--check-data")
+    assert code == 0
+    assert "4 files, 3 examples, 183 residues" in out
+    assert "batches of an epoch, on one process: 2" in out
+    code, out, _ = call("--check-data", "--json")
+    assert code == 0
+    assert json.loads(out)["reasons"] == {"cannot be read": 1}
+    code, _, err = call()
+    assert code == 2
+    assert "--out is needed" in err
+    config.write_text("model: {}\ndata: {filter: {min_res: 10}}\n")
+    code, _, err = call("--check-data")
+    assert code == 2
+    assert "did you mean 'min_num_res'" in err

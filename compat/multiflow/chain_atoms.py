@@ -31,7 +31,7 @@ class ChainAtoms:
         letters: One-letter codes, X where unknown; modified residues have the code of what they come from.
         numbers: The file's residue numbers, without insertion codes.
         atoms: Positions of N, CA and C, shape ``[n, 3, 3]``; zero where there is no such atom.
-        b_factors: Those of the CA atoms; zero where there is none.
+        b_factors: Those of the CA atoms; zero where there is none, or no number.
         faults: For each residue without a frame, by its place in the chain, a line that says why.
     """
 
@@ -80,9 +80,13 @@ def read_atoms(path: Path, wanted: Collection[str] | None = None) -> FileAtoms:
     """
     structure = _load(path)
     model = structure[0] if len(structure) else ()
-    chains = [_chain_atoms(path, chain) for chain in model if wanted is None or chain.name in wanted]
+    try:
+        names = tuple(chain.name for chain in model)
+        chains = [_chain_atoms(path, chain) for chain in model if wanted is None or chain.name in wanted]
+    except UnicodeDecodeError as error:  # gemmi hands on names as they are
+        raise BadInput(f"{path} cannot be read as PDB or mmCIF: a name in it is no text ({error.object!r})") from error
     return FileAtoms(
-        names=tuple(chain.name for chain in model),
+        names=names,
         chains=tuple(chain for chain in chains if chain is not None),
         resolution=structure.resolution if structure.resolution > 0 else None,
     )
@@ -139,7 +143,7 @@ def _chain_atoms(path: Path, chain: Any) -> ChainAtoms | None:
         letters="".join(letter for _, letter in residues),
         numbers=np.array([place if number is None else number for place, number in enumerate(numbers)], dtype=np.int64),
         atoms=atoms,
-        b_factors=np.array(b_factors, dtype=np.float32),
+        b_factors=np.nan_to_num(np.array(b_factors, dtype=np.float32), posinf=0.0, neginf=0.0),
         faults=dict(sorted(faults.items())),
     )
 

@@ -159,7 +159,7 @@ class Interpolant:
         if inverse_folding:
             known["trans_1"] = known["rotmats_1"] = "inverse folding keeps the backbone"
 
-        device = self._device or _device_of(model)
+        device = self._device or device_of(model)
         draws = Draws(num_batch, seeds)
         start = prepare(
             num_batch,
@@ -293,7 +293,8 @@ class Interpolant:
         )
 
 
-def _device_of(model: Any) -> torch.device:
+def device_of(model: Any) -> torch.device:
+    """Where a model is; the CPU for a callable without parameters."""
     if isinstance(model, torch.nn.Module):
         for tensor in (*model.parameters(), *model.buffers()):
             return tensor.device

@@ -7,9 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
+def bar_shown(show: bool | None = None) -> bool:
+    """Whether `progress_bar` would show a bar."""
+    return show is not False and sys.stderr.isatty()
+
+
 @contextmanager
-def progress_bar(label: str, total: int, show: bool | None = None) -> Iterator[Callable[[], None]]:
-    """Gives a function that advances a bar on stderr by one, or does nothing.
+def progress_bar(label: str, total: int, show: bool | None = None) -> Iterator[Callable[..., None]]:
+    """Gives a function that advances a bar on stderr by one, or by the number it is given, or does nothing.
 
     Args:
         label: What is being counted.
@@ -17,8 +22,8 @@ def progress_bar(label: str, total: int, show: bool | None = None) -> Iterator[C
         show: False never shows a bar; None and True show one where stderr is a terminal. Elsewhere a bar would only
             fill a log file with control characters.
     """
-    if show is False or not sys.stderr.isatty():
-        yield lambda: None
+    if not bar_shown(show):
+        yield lambda steps=1: None
         return
 
     from rich.console import Console
@@ -27,4 +32,4 @@ def progress_bar(label: str, total: int, show: bool | None = None) -> Iterator[C
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total)
-        yield lambda: bar.advance(task)
+        yield lambda steps=1: bar.advance(task, steps)

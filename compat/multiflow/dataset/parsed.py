@@ -163,6 +163,13 @@ class StructureCache:
                 self.problem = f"nothing is kept in {self.folder}: {error.strerror or error}"
         return parsed
 
+    def has(self, path: Path) -> bool:
+        """Whether there is an entry for the file; it may still turn out to be damaged."""
+        try:
+            return self.folder is not None and self._entry(path).exists()
+        except OSError:
+            return False
+
     def _entry(self, path: Path) -> Path:
         assert self.folder is not None
         state = path.stat()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from torch.utils.data import DataLoader, Dataset
 
 from ....configs.data import DataConfig
 from ...errors import BadInput
@@ -15,6 +17,9 @@ from .files import structure_files
 from .filters import against_example, against_file, least_compact, radius_of_gyration
 from .parsed import ParsedFile, StructureCache
 from .report import DataReport, Skipped
+
+#: From so many files on that are not in the cache, starting processes to read them pays.
+_MANY = 100
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,35 @@ def read_folder(
     paths = structure_files(folder)
     reading = _Reading(config, folder)
     first = len(paths) * rank // world_size
-    with progress_bar("reading structures", len(paths), False if rank else progress) as advance:
-        for path in paths[first:] + paths[:first]:
+    order = paths[first:] + paths[:first]
+    show = False if rank else progress
+    new = [path for path in order if not cache.has(path)] if cache.folder is not None else []
+    if config.loader.num_workers > 1 and len(new) >= _MANY:
+        with progress_bar("reading new structures", len(new), show) as advance:
+            for _ in DataLoader(_Warming(new, cache), batch_size=None, num_workers=config.loader.num_workers):
+                advance()
+    with progress_bar("reading structures", len(paths), show) as advance:
+        for path in order:
             reading.add(path, cache)
             advance()
     examples, skipped = reading.result(paths)
     lengths = tuple(example.num_res for example in examples)
     return examples, DataReport(str(folder), len(paths), lengths, tuple(skipped))
+
+
+class _Warming(Dataset[int]):
+    """Files that worker processes put into the cache; what is wrong with one is told when it is looked at again."""
+
+    def __init__(self, paths: Sequence[Path], cache: StructureCache) -> None:
+        self._paths, self._cache = paths, cache
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> int:
+        with suppress(BadInput):
+            self._cache.read(self._paths[index])
+        return index
 
 
 class _Reading:
