@@ -6,6 +6,9 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +122,7 @@ def test_the_original_loads_what_is_trained_here(tmp_path: Path, monkeypatch: py
 # -------------------------------------------------------------------------------------------------- again and onwards
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_resumed_run_is_an_unbroken_one(accumulate: int, tmp_path: Path) -> None:
     """Bit for bit: stopped in an epoch, at its end, and with gradients accumulated over an odd number of batches.
 
@@ -186,6 +189,46 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path: Path, monkeypat
     assert torch.load(tmp_path / "out" / "last.ckpt", weights_only=False)["global_step"] == 2
     resumed = run(tmp_path / "out", steps=5, resume=True)
     assert rows(tmp_path / "out") == rows(tmp_path / "whole") and same_weights(resumed, whole)
+
+
+RANK = """
+    import sys
+
+    from tests.support.training import Batches, config
+    from foldkernels.compat.multiflow.training import train
+
+    train(config(), Batches(), sys.argv[1], steps=3, device="cpu", progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(tmp_path: Path, root: Path) -> None:
+    """Under torchrun: each has its own batches, one writes, and a step is the mean of both."""
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, sys.path)])
+    script = tmp_path / "rank.py"
+    script.write_text(textwrap.dedent(RANK))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    account = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert account["status"] == "complete" and account["devices"] == 2
+    table = rows(tmp_path / "out")
+    assert [row["step"] for row in table] == ["1", "2", "3"]
+    alone = run(tmp_path / "alone", steps=3)
+    one = rows(tmp_path / "alone")
+    assert table[0] == one[0], "the first rank's first batch is that of a single process"
+    assert table[1]["train_loss"] != one[1]["train_loss"]
+    weights = read_checkpoint(tmp_path / "out").state_dict
+    assert not all(torch.equal(value, weights[name]) for name, value in alone.module.model.state_dict().items())
 
 
 def test_the_kernels_train_alike(tmp_path: Path) -> None:
