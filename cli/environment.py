@@ -17,12 +17,15 @@ OURS: Mapping[str, str] = {
     "FOLDKERNELS_PROBE_TIMEOUT": "Seconds that an optional package may take to be imported when it is tried out "
     "(180 when not set).",
     "FOLDKERNELS_TUNE": "`1`: a Triton kernel's first call of a kind tries a few tile sizes on the GPU, and the "
-    "fastest is kept; else what was kept is used, or the table.",
+    "fastest is kept; else what was kept is used, or the table. `foldkernels tune` does it ahead of time.",
 }
 
 #: Other people's, for `foldkernels doctor`.
 THEIRS: Mapping[str, str] = {
     "OMP_NUM_THREADS": "PyTorch's threads on a CPU.",
+    "RANK": "With WORLD_SIZE and LOCAL_RANK: which of several processes this is, for `foldkernels sample`.",
+    "WORLD_SIZE": "How many processes share the work; torchrun sets it.",
+    "LOCAL_RANK": "Which of its machine's processes this is: it takes the GPU of that number.",
     "MKL_NUM_THREADS": "Threads of the matrix products on a CPU.",
     "CUDA_VISIBLE_DEVICES": "Which GPUs PyTorch sees.",
     "PYTORCH_ENABLE_MPS_FALLBACK": "On a Mac: `1` runs operators that the GPU lacks on the CPU.",

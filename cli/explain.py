@@ -13,6 +13,8 @@ from .reporting import print_json, reported
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from ..compat.multiflow.model import FlowModel
+
 NAME = "explain"
 SUMMARY = "Which kernels a model runs, and why."
 EXAMPLES = """\b
@@ -59,25 +61,11 @@ def run(
         words = f"no machine {machine!r}{did_you_mean(machine, list(MACHINES))}"
         raise typer.BadParameter(words, param_hint="--machine")
 
-    import torch
-
-    from ..compat.multiflow.checkpoint import Checkpoint
-    from ..compat.multiflow.configuration import model_section
-    from ..compat.multiflow.loading import options_of
-    from ..compat.multiflow.model import FlowModel
     from ..kernels.explanation import explain
 
-    config, source = _config(model)
-    section = model_section(config, source)
-    with torch.device("meta"):  # shapes are all that is needed
-        empty = FlowModel(section, options_of(Checkpoint({}, config, source)))
+    empty, file = empty_model(model)
     explanation = explain(
-        empty,
-        machine=machine,
-        device=device,
-        length=length,
-        command_line=kernel or (),
-        file=_kernel_section(config, source),
+        empty, machine=machine, device=device, length=length, command_line=kernel or (), file=file
     )
     if json:
         print_json(explanation.as_dict())
@@ -87,7 +75,23 @@ def run(
         raise typer.Exit(2)
 
 
-def _config(path: Path) -> tuple[DictConfig, Path]:
+def empty_model(path: Path) -> tuple[FlowModel, Any]:
+    """The model of a config or a checkpoint, without its weights, and the file's `kernel:` section."""
+    import torch
+
+    from ..compat.multiflow.checkpoint import Checkpoint
+    from ..compat.multiflow.configuration import model_section
+    from ..compat.multiflow.loading import options_of
+    from ..compat.multiflow.model import FlowModel
+
+    config, source = read_model_config(path)
+    section = model_section(config, source)
+    with torch.device("meta"):  # shapes are all that is needed
+        empty = FlowModel(section, options_of(Checkpoint({}, config, source)))
+    return empty, _kernel_section(config, source)
+
+
+def read_model_config(path: Path) -> tuple[DictConfig, Path]:
     """The config that a path means, and the file it is from; weights are read only where the config is inside them."""
     from ..compat.multiflow.checkpoint import CONFIG_NAME, find_weights, read_checkpoint
     from ..compat.multiflow.configuration import read_config

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import accelerate, bench, convert, doctor, explain, sample, train
+from . import accelerate, bench, convert, doctor, explain, sample, train, tune, verify
 
 HELP = """Fast attention kernels for protein models, with the numbers of the model's own code.
 
@@ -25,12 +25,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (sample, train, convert, explain, accelerate, doctor, bench):
+for command in (sample, train, convert, explain, accelerate, doctor, verify, bench, tune):
     app.command(
         command.NAME,
         short_help=command.SUMMARY,
         epilog=command.EXAMPLES,
-        no_args_is_help=command.NAME not in ("doctor", "bench"),  # they need no argument
+        no_args_is_help=command.NAME not in ("doctor", "verify", "bench", "tune"),  # they need no argument
     )(command.run)
 
 

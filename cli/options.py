@@ -25,6 +25,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON, an
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show the traceback of an error, too (also: FOLDKERNELS_DEBUG=1).")
 ]
+Imports = Annotated[
+    list[str] | None,
+    typer.Option("--import", metavar="MODULE", help="Import this first: it registers kernels of yours; repeatable."),
+]
 
 
 def split(values: Iterable[str] | None) -> list[str]:

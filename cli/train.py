@@ -24,6 +24,7 @@ Examples:
   foldkernels train config.yaml --data structures/ --out run/
   foldkernels train config.yaml --data structures/ --out run/ --steps 20000 --kernel flash
   foldkernels train config.yaml --data structures/ --out run/ --resume
+  foldkernels train config.yaml --data structures/ --check-data
   torchrun --nproc-per-node 8 -m foldkernels train config.yaml --data structures/ --out run/
 \b
 Writes:
@@ -44,7 +45,15 @@ def run(
             "--data", metavar="DIR", help="A folder of PDB or mmCIF files; the folders in it too.", show_default=False
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The output folder; it is made.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The output folder; it is made.", show_default=False)
+    ] = None,
+    check_data: Annotated[
+        bool,
+        typer.Option(
+            "--check-data", help="Read the data, say what is used and what is left out and why, and train nothing."
+        ),
+    ] = False,
     steps: Annotated[
         int | None,
         typer.Option("--steps", min=1, help="Steps of the optimizer in all.  [default: the config's max_epochs]"),
@@ -67,12 +76,19 @@ def run(
     """Train a Multiflow model on the structures of a folder.
 
     Ctrl-C ends the run after the step that it is in, and --resume goes on from there: the losses are those of a run
-    that was never stopped. Exit code 1 if the loss is no longer finite.
+    that was never stopped. Exit code 1 if the loss is no longer finite, or if --check-data finds nothing to train on.
     """
     # Before torch is imported, and the structures are read: a word that is wrong here is wrong with any data.
     from ..configs.resolve import resolve_kernel
 
     resolve_kernel(command_line=kernel or ())
+    if check_data:
+        _check_data(config, data, json)
+        return
+    if out is None:
+        from ..compat.errors import BadInput
+
+        raise BadInput("--out is needed: the folder to write to")
 
     from ..compat.multiflow.training import LossNotFinite, train
 
@@ -102,6 +118,24 @@ def run(
         print_json(report)
     else:
         print(_text(report))
+
+
+def _check_data(config: Path, folder: Path, json: bool) -> None:
+    from ..compat.multiflow.dataset import as_data_config, check_data
+    from ..compat.multiflow.dataset.batches import LengthBatchSampler
+    from ..compat.multiflow.training.run_config import read_run_config
+
+    settings = as_data_config(read_run_config(config).data, f"{config}: data")
+    report = check_data(folder, settings)
+    lengths = [settings.cropped(length) for length in report.lengths]
+    batches = len(LengthBatchSampler(lengths, settings.sampler)) if lengths else 0
+    if json:
+        print_json({**report.to_dict(), "batches": batches})
+    else:
+        print(report)
+        print(f"batches of an epoch, on one process: {batches}")
+    if not batches:
+        raise typer.Exit(1)
 
 
 def _report(done: TrainingRun) -> dict[str, Any]:

@@ -1,21 +1,26 @@
 """Attention with a dense bias in Triton, as custom operators: launches, memory, autograd. Imported by `load` only."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
-from . import _biased_attention_backward_triton, machine  # noqa: F401 - the first adds its kernels
-from ._biased_attention_tiles import Tile, tile_for, width
+from . import _biased_attention_backward_triton, _biased_attention_triton, _triton_common, machine
+from ._biased_attention_tiles import Tile, tiles_for, width
 from ._biased_attention_triton import KERNELS
 from ._triton_common import INTERPRETED
 from .custom import no_double_backward
+from .tile_cache import TileCache, length_class, source_of
 
 _ALIGNED = 16  # elements; Triton reads in vectors where a size is a multiple of this
 _PROGRAMS = 512  # enough for the largest chip; more only where the rows must be split for it
 _CHIP_OF_THE_INTERPRETER = (8, 0)
+_SOURCE = source_of(_biased_attention_triton, _biased_attention_backward_triton, _triton_common)
+Result = TypeVar("Result")
 
 
 def _inner_contiguous(x: Tensor) -> Tensor:
@@ -50,7 +55,10 @@ def _reach(mask: Bool[Tensor, "b r j"] | None, padded_keys: int, like: Tensor) -
 class _Call:
     """What all launches of one call have in common."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> None:
+    def __init__(
+        self, tiles: TileCache, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None
+    ) -> None:
+        self.tiles = tiles
         self.q, self.k, self.v = (_inner_contiguous(x) for x in (q, k, v))
         self.bias = _padded_bias(bias)
         self.padded_keys = self.bias.shape[-1]
@@ -68,13 +76,17 @@ class _Call:
         """Whether there is nothing to compute."""
         return 0 in (self.b, self.h, self.r, self.i, self.j, self.d)
 
-    def tile(self, kernel: str) -> Tile:
-        """The tile that the chip takes."""
-        return tile_for(self.capability, kernel, self.q.dtype, self.d)
+    def tiled(self, kernel: str, run: Callable[[Tile], Result]) -> Result:
+        """Run a kernel in the tile that the chip runs it best in."""
+        words: dict[str, int | str] = {
+            "kernel": kernel, "dtype": str(self.q.dtype), "precision": self.precision, "d": self.d,
+            "programs": length_class(self.b * self.h * self.r), "rows": "one" if self.r == 1 else "many",
+            "i": length_class(self.i), "j": length_class(self.j),
+        }  # fmt: skip
+        return self.tiles.run(words, tiles_for(self.capability, kernel, self.q.dtype, self.d), run, self.q.device)
 
-    def launch(self, kernel: str, programs: int, *arguments: Any, **options: Any) -> None:
-        """Run a kernel in its tile's size. A device without a number (the interpreter's CPU) needs no guard."""
-        tile = self.tile(kernel)
+    def launch(self, kernel: str, tile: Tile, programs: int, *arguments: Any, **options: Any) -> None:
+        """Run a kernel in a tile's size. A device without a number (the interpreter's CPU) needs no guard."""
         with torch.cuda.device(self.q.device) if self.q.is_cuda else nullcontext():
             KERNELS[kernel][(programs,)](
                 *arguments,
@@ -90,6 +102,14 @@ class _Call:
                 **options,
             )
 
+    def over_queries(self, tile: Tile) -> int:
+        """How many programs hold all queries."""
+        return self.b * self.h * self.r * _blocks(self.i, tile.queries)
+
+    def over_keys(self, tile: Tile) -> int:
+        """How many programs hold all keys."""
+        return self.b * self.h * self.r * _blocks(self.j, tile.keys)
+
 
 def _strides(*tensors: Tensor) -> list[int]:
     """Every stride but the last, which is one."""
@@ -100,18 +120,19 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _forward(
+    tiles: TileCache, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     out, lse = _out_and_lse(q)
-    call = _Call(q, k, v, bias, mask)
+    call = _Call(tiles, q, k, v, bias, mask)
     if call.empty:
         return out.zero_(), lse.fill_(torch.inf)
-    call.launch(
-        "forward",
-        call.b * call.h * call.r * _blocks(call.i, call.tile("forward").queries),
+    given = (
         call.q, call.k, call.v, call.bias, call.reach, out, lse,
         *_strides(call.q, call.k, call.v, call.bias, out),
         call.h, call.r, call.i, call.j, call.padded_keys, call.d**-0.5,
     )  # fmt: skip
+    call.tiled("forward", lambda tile: call.launch("forward", tile, call.over_queries(tile), *given))
     return out, lse
 
 
@@ -129,11 +150,12 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tiles: TileCache, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None,
+    out: Tensor, lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     d_q, d_k, d_v = _like(q), _like(k), _like(v)
     d_bias = torch.empty_like(bias, memory_format=torch.contiguous_format)
-    call = _Call(q, k, v, bias, mask)
+    call = _Call(tiles, q, k, v, bias, mask)
     if call.empty:
         return d_q.zero_(), d_k.zero_(), d_v.zero_(), d_bias.zero_()
     d_out = _inner_contiguous(d_out)
@@ -141,41 +163,32 @@ def _backward(
     sizes = (call.h, call.r, call.i, call.j, call.padded_keys)
     scale = call.d**-0.5
     given = (d_out, call.q, call.k, call.v, call.bias)
-    heads = call.b * call.h
-    # By the sizes alone: the order of adding does not depend on how many processors a chip has.
-    tile = call.tile("bias")
-    programs = heads * _blocks(call.i, tile.queries) * _blocks(call.j, tile.keys)
-    some_rows = _blocks(call.r, min(call.r, _blocks(_PROGRAMS, programs)))
-    parts = _blocks(call.r, some_rows)
-    whole = parts == 1 and call.padded_keys == call.j
     # Padded as the bias is: stores of whole vectors take fewer registers.
-    shape = (parts, call.b, call.h, call.i, call.padded_keys)
-    sums = d_bias if whole else d_bias.new_empty(shape, dtype=torch.float32 if parts > 1 else None)
-    call.launch(
-        "queries",
-        heads * call.r * _blocks(call.i, call.tile("queries").queries),
-        *given, call.reach, out, lse, delta, d_q, sums,
-        *_strides(*given, out, d_q),
-        *sizes, scale,
-        WITH_BIAS=call.r == 1,
+    whole = call.padded_keys == call.j
+    padded = d_bias if whole else d_bias.new_empty(call.b, call.h, call.i, call.padded_keys)
+    of_queries = (
+        *given, call.reach, out, lse, delta, d_q, padded, *_strides(*given, out, d_q), *sizes, scale
     )  # fmt: skip
-    call.launch(
-        "keys",
-        heads * call.r * _blocks(call.j, call.tile("keys").keys),
-        *given, call.reach, lse, delta, d_k, d_v,
-        *_strides(*given, d_k, d_v),
-        *sizes, scale,
-    )  # fmt: skip
-    if call.r > 1:
-        call.launch(
-            "bias",
-            parts * programs,
-            *given, call.reach, lse, delta, sums,
-            *_strides(*given),
-            call.b, *sizes, some_rows, scale,
-        )  # fmt: skip
-    if not whole:
-        d_bias.copy_((sums[0] if parts == 1 else sums.sum(0))[..., : call.j])
+    of_keys = (*given, call.reach, lse, delta, d_k, d_v, *_strides(*given, d_k, d_v), *sizes, scale)
+    alone = call.r == 1
+    call.tiled(
+        "queries", lambda tile: call.launch("queries", tile, call.over_queries(tile), *of_queries, WITH_BIAS=alone)
+    )
+    call.tiled("keys", lambda tile: call.launch("keys", tile, call.over_keys(tile), *of_keys))
+
+    def over_rows(tile: Tile) -> Tensor:
+        # By the sizes alone: the order of adding does not depend on how many processors a chip has.
+        programs = call.b * call.h * _blocks(call.i, tile.queries) * _blocks(call.j, tile.keys)
+        some_rows = _blocks(call.r, min(call.r, _blocks(_PROGRAMS, programs)))
+        parts = _blocks(call.r, some_rows)
+        sums = padded[None] if parts == 1 else padded.new_empty((parts, *padded.shape), dtype=torch.float32)
+        rest = (call.reach, lse, delta, sums, *_strides(*given), call.b, *sizes, some_rows, scale)
+        call.launch("bias", tile, parts * programs, *given, *rest)
+        return sums
+
+    sums = padded[None] if alone else call.tiled("bias", over_rows)
+    if len(sums) > 1 or not whole:
+        d_bias.copy_((sums[0] if len(sums) == 1 else sums.sum(0))[..., : call.j])
     return d_q, d_k, d_v, d_bias
 
 
@@ -186,10 +199,11 @@ def fused(operation: str) -> Any:
         A function of q [b, h, r, i, d], k and v [b, h, r, j, d], bias [b, h, i, j] and mask [b, r, j] (or None) that
         gives [b, h, r, i, d] and the log-sum-exp [b, h, r, i] of the logits in base 2, through which no gradient goes.
     """
+    tiles = TileCache(operation, _SOURCE, OutOfResources)
 
     @torch.library.custom_op(f"foldkernels::{operation}_triton", mutates_args=())
     def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _forward(q, k, v, bias, mask)
+        return _forward(tiles, q, k, v, bias, mask)
 
     @forward.register_fake
     def _(q, k, v, bias, mask):  # type: ignore[no-untyped-def]
@@ -199,7 +213,7 @@ def fused(operation: str) -> Any:
     def backward(
         d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _backward(d_out, q, k, v, bias, mask, out, lse)
+        return _backward(tiles, d_out, q, k, v, bias, mask, out, lse)
 
     @backward.register_fake
     def _(d_out, q, k, v, bias, mask, out, lse):  # type: ignore[no-untyped-def]

@@ -10,6 +10,7 @@ import torch
 
 from .chips import reasons_against_chip, reasons_against_type
 from .requests import Reason, Request
+from .tilings import with_halves
 
 
 class Tile(NamedTuple):
@@ -22,6 +23,13 @@ class Tile(NamedTuple):
 
 
 KERNELS = ("forward", "queries", "keys", "bias")
+#: Kernel -> the axes of a tile that a program holds, and those that it runs along.
+_AXES = {
+    "forward": (("queries",), ("keys",)),
+    "queries": (("queries",), ("keys",)),
+    "keys": (("keys",), ("queries",)),
+    "bias": (("queries", "keys"), ()),
+}
 
 #: Chips that like the same tiles. AMD's have no compute capability; their 64 KiB of local memory hold one buffer each.
 SMALL, LARGE, AMD = "8.x and 12.x", "9.0 and 10.x", "AMD"
@@ -74,8 +82,8 @@ def chips(capability: tuple[int, int] | None) -> str:
     return LARGE if (9, 0) <= capability < (12, 0) else SMALL
 
 
-def tile_for(capability: tuple[int, int] | None, kernel: str, dtype: torch.dtype, d: int) -> Tile:
-    """The tile of one of `KERNELS`.
+def tiles_for(capability: tuple[int, int] | None, kernel: str, dtype: torch.dtype, d: int) -> list[Tile]:
+    """The tiles that one of `KERNELS` may be tried in; the first is taken unless another was measured.
 
     Args:
         capability: The chip's compute capability.
@@ -89,7 +97,8 @@ def tile_for(capability: tuple[int, int] | None, kernel: str, dtype: torch.dtype
     tiles = TILES[chips(capability)][_TYPES[dtype]].get(width(d))
     if tiles is None:
         raise ValueError(f"the Triton attention has no tile for heads of {d} in {dtype}")
-    return tiles[KERNELS.index(kernel)]
+    outer, inner = _AXES[kernel]
+    return with_halves(tiles[KERNELS.index(kernel)], outer, inner if _TYPES[dtype] == HALF else ())
 
 
 def reasons_against(request: Request) -> list[Reason]:

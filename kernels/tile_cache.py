@@ -14,7 +14,8 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -25,10 +26,26 @@ import torch
 TUNE_VARIABLE = "FOLDKERNELS_TUNE"
 FOLDER_VARIABLE = "FOLDKERNELS_CACHE"
 _WARM_UPS, _REPEATS = 2, 7
+_SUBFOLDER = "tiles"
 
 Tile = TypeVar("Tile", bound=tuple[Any, ...])
 Result = TypeVar("Result")
 Clock = Callable[[Callable[[], object]], float]
+#: Called in the place of `TileCache.choose`, with the cache and its arguments; gives the tile to run.
+Chooser = Callable[["TileCache", Mapping[str, int | str], Sequence[Any], Callable[[Any], object], torch.device], Any]
+
+_chooser: Chooser | None = None
+
+
+@contextmanager
+def choosing(chooser: Chooser) -> Iterator[None]:
+    """Inside, `chooser` has every choice of a tile, in every thread: backward passes run in others."""
+    global _chooser
+    before, _chooser = _chooser, chooser
+    try:
+        yield
+    finally:
+        _chooser = before
 
 
 def folder() -> Path:
@@ -37,6 +54,49 @@ def folder() -> Path:
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "foldkernels"
+
+
+def tiles_folder() -> Path:
+    """Where tiles are kept."""
+    return folder() / _SUBFOLDER
+
+
+def files(operations: Collection[str] = ()) -> list[Path]:
+    """The files of some operations, or of all, whatever GPU and versions they are for."""
+    found = sorted(tiles_folder().glob("*.json"))
+    return [path for path in found if not operations or path.stem.rpartition("-")[0] in operations]
+
+
+def stored(operations: Collection[str] = ()) -> list[dict[str, Any]]:
+    """What is kept: for each file its path, operation, machine and tiles by sizes. A broken one has no tiles."""
+    found = files(operations)
+    return [{"path": str(path), "operation": path.stem.rpartition("-")[0], **_content(path)} for path in found]
+
+
+def clear(operations: Collection[str] = ()) -> list[Path]:
+    """Forget what is kept of some operations, or of all.
+
+    Returns:
+        The files that were removed.
+
+    Raises:
+        OSError: One cannot be.
+    """
+    gone = files(operations)
+    for path in gone:
+        path.unlink(missing_ok=True)
+    return gone
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """A file's machine and tiles; none, where it cannot be read or is not what was written."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        tiles, machine = content["tiles"], str(content.get("machine", "unknown"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"machine": "unknown", "tiles": {}}
+    whole = isinstance(tiles, dict)
+    return {"machine": machine, "tiles": {k: t for k, t in tiles.items() if isinstance(t, list)} if whole else {}}
 
 
 @functools.lru_cache(maxsize=64)
@@ -73,6 +133,10 @@ def milliseconds(run: Callable[[], object]) -> float:
     return median(times)
 
 
+def _words(sizes: Mapping[str, int | str]) -> str:
+    return json.dumps(dict(sorted(sizes.items())))
+
+
 class TileCache:
     """The tiles of one operation's kernels.
 
@@ -90,12 +154,12 @@ class TileCache:
         operation: str,
         source: str,
         too_large: type[Exception],
-        clock: Clock = milliseconds,
-        machine: Callable[[torch.device], str] = gpu_and_compiler,
+        clock: Clock | None = None,
+        machine: Callable[[torch.device], str] | None = None,
     ) -> None:
         self.operation, self.source, self.too_large = operation, source, too_large
-        self.clock, self.machine = clock, machine
-        self._chosen: dict[tuple[str, str, int], list[Any] | None] = {}
+        self.clock, self.machine = clock or milliseconds, machine or gpu_and_compiler
+        self._chosen: dict[tuple[Any, ...], list[Any] | None] = {}
         self._machines: dict[torch.device, str] = {}
 
     def choose(
@@ -113,21 +177,36 @@ class TileCache:
             run: Runs the kernel in a tile. It may be called many times: each must do the same.
             device: Where. Only a CUDA device is measured, and none while a CUDA graph is recorded.
         """
+        if _chooser is not None:
+            tile: Tile = _chooser(self, sizes, candidates, run, device)
+            return tile
         if len(candidates) == 1 or device.type != "cuda":
             return candidates[0]
         on = self._machines.get(device)
         if on is None:
             on = self._machines[device] = self.machine(device)
-        words = json.dumps(dict(sorted(sizes.items())))
-        key = (on, words, len(candidates))
+        key = (on, *sizes.items())
         if key not in self._chosen:
-            self._chosen[key] = self._read(on).get(words)
+            self._chosen[key] = self._read(on).get(_words(sizes))
         known = self._named(self._chosen[key], candidates)
         if known is None and os.environ.get(TUNE_VARIABLE) == "1" and not torch.cuda.is_current_stream_capturing():
-            known = self._measure(candidates, run)
-            self._chosen[key] = list(known)
-            self._write(on, words, list(known))
+            times = [self.time(functools.partial(run, tile)) for tile in candidates]
+            known = candidates[times.index(min(times))]
+            self.keep(sizes, known, device)
         return candidates[0] if known is None else known
+
+    def keep(self, sizes: Mapping[str, int | str], tile: tuple[Any, ...], device: torch.device) -> None:
+        """Have a tile taken for these sizes from now on, here and in later processes."""
+        on = self.machine(device)
+        self._chosen[on, *sizes.items()] = list(tile)
+        self._write(on, _words(sizes), list(tile))
+
+    def time(self, run: Callable[[], object]) -> float:
+        """What a run takes, in milliseconds; infinity, where it asks for more than the chip has."""
+        try:
+            return self.clock(run)
+        except self.too_large:
+            return float("inf")
 
     def run(
         self,
@@ -151,29 +230,15 @@ class TileCache:
         """The candidate that was found; None where there is none such (any more)."""
         return next((tile for tile in candidates if list(tile) == found), None)
 
-    def _measure(self, candidates: Sequence[Tile], run: Callable[[Tile], object]) -> Tile:
-        times = [self._time(functools.partial(run, tile)) for tile in candidates]
-        return candidates[times.index(min(times))]
-
-    def _time(self, run: Callable[[], object]) -> float:
-        try:
-            return self.clock(run)
-        except self.too_large:
-            return float("inf")
-
     def path(self, on: str) -> Path:
         """The file for a GPU and compiler."""
         name = hashlib.sha256(f"{self.source} {on}".encode()).hexdigest()[:16]
-        return folder() / "tiles" / f"{self.operation}-{name}.json"
+        return tiles_folder() / f"{self.operation}-{name}.json"
 
     def _read(self, on: str) -> dict[str, list[Any]]:
         """What was found before; nothing, where the file cannot be read or is not what was written."""
-        try:
-            content = json.loads(self.path(on).read_text(encoding="utf-8"))
-            tiles = content["tiles"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
-        return {key: tile for key, tile in tiles.items() if isinstance(tile, list)} if isinstance(tiles, dict) else {}
+        tiles: dict[str, list[Any]] = _content(self.path(on))["tiles"]
+        return tiles
 
     def _write(self, on: str, words: str, tile: list[Any]) -> None:
         """Keep one more; several processes may do so at once. A disk that refuses costs the next run its time only."""

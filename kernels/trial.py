@@ -83,7 +83,7 @@ def _run(candidates: Sequence[Candidate]) -> dict[Candidate, Finding]:
         # -P: the folder of probe.py, full of our own modules, stays off the path.
         command = [sys.executable, "-P", str(Path(probe.__file__).resolve()), str(request), str(results), str(log)]
         try:
-            ending = _watch(command, results, log)
+            ending = watch(command, results, log)
         except OSError as error:
             text = f"could not be tried, since no process could be started ({error})"
             return {candidate: Finding(text) for candidate in candidates}
@@ -97,8 +97,8 @@ def _run(candidates: Sequence[Candidate]) -> dict[Candidate, Finding]:
         return found
 
 
-def _watch(command: Sequence[str], results: Path, log: Path) -> str | None:
-    """Run a command until it ends, or makes no progress for too long; say how it ended, None if well."""
+def watch(command: Sequence[str], results: Path, log: Path) -> str | None:
+    """Run a command until it ends, or RESULTS does not grow for too long; say how it ended, None if well."""
     seconds = _timeout_s()
     with open(log, "ab") as output:  # appending, so that the script can empty the file between packages
         process = subprocess.Popen(

@@ -397,11 +397,11 @@ def test_explain_says_what_cannot_run(call, small, imaginary):
 
 def test_doctor(call, monkeypatch, imaginary):
     monkeypatch.setenv("FOLDKERNELS_KERNEL", "flash")
-    done = call("doctor", "--device", "cpu")
+    done = call("doctor", "--device", "cpu", "--no-check")
     assert done.code == 0
     for said in ("torch", "invariant_point_attention", "ready", "imaginary", "FOLDKERNELS_KERNEL=flash"):
         assert said in done.out
-    report = json.loads(call("doctor", "--device", "cpu", "--json").out)
+    report = json.loads(call("doctor", "--device", "cpu", "--no-check", "--json").out)
     assert report["kernels"]["attention"]["torch"] == []
     whys = [reason["why"] for reason in report["kernels"]["attention"]["imaginary"]]
     assert any("not installed" in why for why in whys) and "it needs an NVIDIA GPU" in whys
@@ -426,14 +426,14 @@ def test_doctor_never_crashes(call, monkeypatch):
     monkeypatch.setattr("foldkernels.kernels.packages.conflicts", lambda: ["one and the other (fix: neither)"])
     monkeypatch.setitem(registry._broken_plugins, "theirs", "ImportError: no")
     monkeypatch.setenv("FOLDKERNELS_KERNEL", "flahs")
-    done = call("doctor", "--device", "cpu")
+    done = call("doctor", "--device", "cpu", "--no-check")
     assert done.code == 0
     for said in ("the driver does not answer", "half installed", "one and the other", "theirs: ImportError", "flahs"):
         assert said in done.out
-    assert json.loads(call("doctor", "--json").out)["problems"]
+    assert json.loads(call("doctor", "--no-check", "--json").out)["problems"]
 
 
-@pytest.mark.parametrize("command", ["sample", "convert", "explain", "doctor"])
+@pytest.mark.parametrize("command", ["sample", "convert", "explain", "doctor", "verify", "tune"])
 def test_help_has_examples(call, command):
     done = call(command, "--help")
     assert done.code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
 import multiprocessing
 import pickle
@@ -13,12 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gemmi
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from foldkernels.cli.main import main
 from foldkernels.compat.errors import BadInput
 from foldkernels.compat.multiflow.dataset import (
     Draw,
@@ -27,6 +30,7 @@ from foldkernels.compat.multiflow.dataset import (
     as_data_config,
     check_data,
     collate,
+    make_features,
     parsed,
     reading,
     training_batches,
@@ -322,6 +326,62 @@ def test_files_that_are_no_use_are_reported_and_skipped(folder: Path, settings: 
     # The second time it is told the same.
     again = quiet(folder, settings())
     assert again.report == data.report
+
+
+@pytest.mark.parametrize("ending", ["pdb", "cif"])
+def test_damaged_files_are_read_or_reported(folder: Path, ending: str) -> None:
+    """Bytes changed, taken out, put in twice: finite features, or an error that names the file, and nothing else."""
+    structure = gemmi.read_pdb_string(chain_lines(30) + chain_lines(10, "B", start=60))
+    structure.setup_entities()
+    text = structure.make_pdb_string() if ending == "pdb" else structure.make_mmcif_document().as_string()
+    whole = text.encode()
+    words = (
+        b"nan",
+        b"inf",
+        b"1e308",
+        b"\x00",
+        b"\xff\xfe",
+        b"\n",
+        b"?",
+        b"loop_",
+        b"TER\n",
+        b"ENDMDL\n",
+        b"9" * 20,
+        b" " * 8,
+    )
+    path = folder / f"damaged.{ending}"
+    outcomes = Counter()
+    for seed in range(70):
+        rng = np.random.default_rng(seed)
+        data = bytearray(whole)
+        for _ in range(rng.choice([1, 1, 4])):
+            place, other = sorted(rng.integers(len(data), size=2).tolist())
+            kind = rng.integers(5)
+            word = (
+                words[rng.integers(len(words))]
+                if kind == 0
+                else rng.choice(list(b"0123456789.-ABC"), 1).astype(np.uint8).tobytes()
+            )
+            if kind < 3:
+                data[place : place + len(word)] = word
+            elif kind == 3:
+                del data[place : place + int(rng.integers(100))]
+            else:
+                data[place:place] = data[other : other + 400]
+        path.write_bytes(data)
+        try:
+            chains = parsed.parse(path).chains
+        except BadInput as error:
+            assert str(path) in str(error)
+            outcomes["reported"] += 1
+            continue
+        outcomes["read"] += 1
+        if chains:
+            item = make_features(chains, [slice(0, chain.num_res) for chain in chains], [1] * len(chains))
+            assert all(value.isfinite().all() for value in item.values())
+            turned = item["rotmats_1"] @ item["rotmats_1"].mT
+            torch.testing.assert_close(turned, torch.eye(3).expand_as(turned), rtol=0, atol=1e-4)
+    assert min(outcomes.values()) > 2
 
 
 def test_nothing_to_train_on(folder: Path, tmp_path: Path, settings: Callable[..., dict[str, Any]]) -> None:
@@ -658,3 +718,38 @@ def test_an_account_of_the_folder(folder: Path, settings: Callable[..., dict[str
     text = str(report)
     assert "4 files, 3 examples, 212 residues" in text
     assert "too short: 1" in text
+
+
+def test_the_command_line_checks_data(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOLDKERNELS_CACHE", str(tmp_path / "mine"))
+    config = tmp_path / "config.yaml"
+    config.write_text("model: {}\ndata: {filter: {min_num_res: 10}, crop: 32, sampler: {max_batch_size: 2}}\n")
+
+    def call(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(["train", str(config), "--data", str(folder), *map(str, words)])
+        return code, *capsys.readouterr()
+
+    (folder / "broken.pdb").write_text("")
+    code, out, _ = call("--check-data")
+    assert code == 1
+    assert "1 file, 0 examples, 0 residues" in out
+    assert "broken.pdb: is empty" in out
+    for place in range(3):
+        (folder / f"{place}.pdb").write_text(chain_lines(60 + place))
+    code, out, _ = call("--check-data")
+    assert code == 0
+    assert "4 files, 3 examples, 183 residues" in out
+    assert "batches of an epoch, on one process: 2" in out
+    code, out, _ = call("--check-data", "--json")
+    assert code == 0
+    assert json.loads(out)["reasons"] == {"cannot be read": 1}
+    code, _, err = call()
+    assert code == 2
+    assert "--out is needed" in err
+    config.write_text("model: {}\ndata: {filter: {min_res: 10}}\n")
+    code, _, err = call("--check-data")
+    assert code == 2
+    assert "did you mean 'min_num_res'" in err

@@ -15,7 +15,9 @@ import torch
 from foldkernels.kernels import _biased_attention_tiles as tiles
 from foldkernels.kernels import chips, registry
 
-from .support.triton_tools import CHIPS, PTXAS, Ask, interpreter, right, slow, usage, with_triton, wrong
+from .support.biased_code import TYPES, compiled, variants
+from .support.triton_tools import PTXAS, Ask, interpreter, right, slow, with_triton, wrong
+from .support.usage_table import cases, hold
 
 # Numbers --------------------------------------------------------------------------------------------------------------
 
@@ -101,61 +103,21 @@ def test_the_operator_is_one(ask, layout):
 
 # Code for each chip ---------------------------------------------------------------------------------------------------
 
-TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-#: Bytes of stack that ptxas may use where registers run out; 24 is the most that was seen with triton 3.7.1 (`queries`,
-#: sm_90, heads of 128, where it also writes the bias's gradient).
+TABLE = "attention with a dense bias"
+#: Bytes of stack that ptxas may use where registers run out.
 STACK = 64
 
 
-def _cases() -> Iterator[Any]:
-    for arch in CHIPS:
-        for dtype, d, kernel in ((t, d, k) for t in TYPES for d in (16, 32, 64, 128) for k in tiles.KERNELS):
-            quick = (dtype, d) == ("bf16", 32)
-            marks = [] if quick else [pytest.mark.slow]
-            yield pytest.param(arch, dtype, d, kernel, id=f"sm_{arch}-{dtype}-{d}-{kernel}", marks=marks)
-
-
-def compiled(target: Any, capability: tuple[int, int] | None, kernel: str, dtype: str, d: int) -> Any:
-    """A kernel's code with the tile that `capability` takes, the bias in float32 (the larger case)."""
-    import triton
-    from triton.compiler import ASTSource
-
-    from foldkernels.kernels import _biased_attention_backward_triton  # noqa: F401 - adds its kernels
-    from foldkernels.kernels._biased_attention_triton import KERNELS
-
-    function, tile = KERNELS[kernel], tiles.tile_for(capability, kernel, TYPES[dtype], d)
-    constants = {"D": d, "WIDTH": tiles.width(d), "I": tile.queries, "J": tile.keys, "MASKED": True}
-    constants |= {"PRECISION": "ieee", "INTERPRETED": False} | ({"WITH_BIAS": True} if kernel == "queries" else {})
-    data = dict.fromkeys(("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v"), f"*{dtype}")
-    wide = dict.fromkeys(("bias", "reach", "lse", "delta", "d_bias"), "*fp32")
-    sizes = dict.fromkeys(("heads", "rows", "queries", "keys", "items", "some_rows"), "i32")
-    types = {**data, **wide, **sizes, "scale": "fp32", **dict.fromkeys(constants, "constexpr")}
-    names = function.arg_names
-    # Pointers, strides and the padded number of keys are multiples of 16; sizes are anything.
-    whole = [i for i, name in enumerate(names) if name not in sizes and name not in constants and name != "scale"]
-    source = ASTSource(
-        function,
-        {name: types.get(name, "i32") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in whole},
-    )
-    return triton.compile(source, target=target, options={"num_warps": tile.warps, "num_stages": tile.stages})
-
-
 @with_triton
-@pytest.mark.parametrize(("arch", "dtype", "d", "kernel"), [*_cases()])
-def test_it_compiles_and_fits(arch, dtype, d, kernel, tmp_path):
-    """Within the chip's shared memory, without spilling; 16 bits on the tensor cores, float32 never rounded to tf32."""
-    from triton.backends.compiler import GPUTarget
-
-    code = compiled(GPUTarget("cuda", arch, 32), CHIPS[arch], kernel, dtype, d)
-    assert code.metadata.shared <= chips.shared_memory(CHIPS[arch])
-    _, registers, stack = usage(code, tmp_path)
-    print(f"sm_{arch} {dtype} {d} {kernel}: shared {code.metadata.shared}, registers {registers}, stack {stack}")
-    assert stack <= STACK
+@pytest.mark.parametrize("variant", cases(variants()))
+def test_it_compiles_and_fits(variant, tmp_path):
+    """Within the chip's shared memory, without spilling; 16 bits on the tensor cores, float32 never rounded unasked."""
+    code = variant.compile()
+    hold(TABLE, variant, code, tmp_path, STACK)
     products = re.findall(r"mma\.(?:m16n8|sync)|wgmma\.mma_async|tcgen05\.mma", code.asm["ptx"])
-    assert bool(products) == (dtype == "bf16"), "the products are not where they should be"
-    assert "tf32" not in code.asm["ptx"]
+    dtype, precision = variant.name.split()[:2]
+    assert bool(products) == (dtype == "bf16" or precision == "tf32"), "the products are not where they should be"
+    assert ("tf32" in code.asm["ptx"]) == (precision == "tf32")
 
 
 @with_triton
@@ -167,10 +129,11 @@ def test_amd_gets_matrix_instructions(kernel):
     if "amd" not in os.listdir(PTXAS.parents[2]):
         pytest.skip("this triton has no code for AMD")
     for dtype, d in (("bf16", 32), ("bf16", 64), ("fp32", 32)):
-        code = compiled(GPUTarget("hip", "gfx942", 64), None, kernel, dtype, d)
-        assert code.metadata.shared <= chips.AMD_SHARED_MEMORY
-        assert "v_mfma" in code.asm["amdgcn"]
-        assert re.search(r"\.vgpr_spill_count:\s*0\b", code.asm["amdgcn"])
+        for tile in tiles.tiles_for(None, kernel, TYPES[dtype], d):
+            code = compiled(GPUTarget("hip", "gfx942", 64), kernel, dtype, d, tile)
+            assert code.metadata.shared <= chips.AMD_SHARED_MEMORY
+            assert "v_mfma" in code.asm["amdgcn"]
+            assert re.search(r"\.vgpr_spill_count:\s*0\b", code.asm["amdgcn"])
 
 
 # Whom it serves -------------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ import torch
 from foldkernels.kernels import chips, registry
 from foldkernels.kernels.edge_transition import _tiles as tiles
 
-from .support.edge_code import TYPES, compiled
+from .support.edge_code import compiled, variants
 from .support.triton_tools import CHIPS, Ask, interpreter, right, slow, usage, with_triton, wrong
+from .support.usage_table import assert_written_down, cases, hold
 
 # Numbers --------------------------------------------------------------------------------------------------------------
 
@@ -104,52 +105,22 @@ def test_each_number_of_z_is_read_once(ask, n):
 
 # Code for each chip ---------------------------------------------------------------------------------------------------
 
-#: Chip, kernel -> bytes of shared memory a block, and bytes of stack a thread, as triton 3.7.1 makes of the
-#: published widths. The stack of the forward kernel on 9.0 is used before and after its loop over hidden columns, and
-#: not in it.
-CODE = {
-    (80, "forward"): (123_136, 0),
-    (80, "hidden"): (131_328, 0),
-    (80, "gradients"): (139_264, 0),
-    (89, "forward"): (86_144, 0),
-    (89, "hidden"): (90_240, 0),
-    (89, "gradients"): (94_208, 0),
-    (90, "forward"): (164_096, 296),
-    (90, "hidden"): (180_480, 88),
-    (90, "gradients"): (196_608, 32),
-    (100, "forward"): (196_848, 0),
-    (100, "hidden"): (205_040, 80),
-    (100, "gradients"): (213_104, 0),
-}
-#: What another release of Triton or ptxas may use beyond the table.
-SPARE = 64
-
-
-def _cases() -> Iterator[Any]:
-    for dtype in TYPES:
-        for arch, kernel in CODE:
-            quick = dtype == "bf16" and arch == 90
-            marks = [] if quick else [pytest.mark.slow]
-            yield pytest.param(arch, dtype, kernel, id=f"sm_{arch}-{dtype}-{kernel}", marks=marks)
-
-
-def test_the_table_is_whole():
-    assert set(CODE) == {(arch, kernel) for arch in CHIPS for kernel in tiles.KERNELS}
-    for (arch, _), (shared, _) in CODE.items():
-        assert shared <= chips.shared_memory(CHIPS[arch])
+#: Bytes of stack a thread. On 9.0 they are used before and after the loop over hidden columns, and not in it.
+STACK = 512
 
 
 @with_triton
-@pytest.mark.parametrize(("arch", "dtype", "kernel"), [*_cases()])
-def test_it_compiles_and_fits(arch, dtype, kernel, tmp_path):
+@pytest.mark.parametrize("variant", cases(variants()))
+def test_it_compiles_and_fits(variant, tmp_path):
     """Within the chip's shared memory and the table, and on the tensor cores."""
-    code = compiled(arch, kernel, dtype)
-    shared, registers, stack = usage(code, tmp_path)
-    print(f'({arch}, "{kernel}"): ({shared:_}, {stack}),  # {dtype}, {registers} registers')
-    assert shared <= chips.shared_memory(CHIPS[arch])
-    assert shared <= CODE[arch, kernel][0] and stack <= CODE[arch, kernel][1] + SPARE
+    code = variant.compile()
+    hold("edge_transition", variant, code, tmp_path, STACK)
     products = {80: r"mma\.sync", 89: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
-    assert re.search(products[arch], code.asm["ptx"])
+    assert re.search(products[variant.arch], code.asm["ptx"])
+
+
+def test_what_is_taken_unmeasured_is_written_down():
+    assert_written_down("edge_transition", variants())
 
 
 @with_triton
@@ -161,6 +132,16 @@ def test_the_widest_fit(arch, kernel, tmp_path):
     hidden = tiles.PART * tiles.MOST_PARTS[tiles.chips(CHIPS[arch])]
     code = compiled(arch, kernel, "bf16", (128, (hidden - 128) // 2, 128))
     assert usage(code, tmp_path).shared <= chips.shared_memory(CHIPS[arch])
+
+
+@with_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "pairs", "spills"), [("tf32x3", 16, True), ("tf32", 32, False)])
+def test_why_not_float32(precision, pairs, spills, tmp_path):
+    """What `supports` says of it: in three products of tf32 a tile of 16 pairs spills; in one, 32 fit."""
+    tile = tiles.Tile(4, pairs // 4, 32, 4, 2)
+    stack = usage(compiled(80, "forward", "fp32", tile=tile, precision=precision), tmp_path).stack
+    assert stack > 1000 if spills else stack == 0
 
 
 # Whom it serves -------------------------------------------------------------------------------------------------------
@@ -176,7 +157,8 @@ def _why(**more: Any) -> str:
 def test_what_it_refuses():
     assert not _why()
     assert not _why(capability=(8, 0), dtype=torch.float16, cz=24, cz_out=96, cn=7, grad=True, deterministic=True)
-    assert "float32" in _why(dtype=torch.float32) and not _why(dtype=torch.float32, precision="bfloat16")
+    assert "registers" in _why(dtype=torch.float32) and not _why(dtype=torch.float32, precision="bfloat16")
+    assert "32 pairs" in _why(dtype=torch.float32, precision="tf32")
     assert "AMD's" in _why(capability=None)
     assert "7.5" in _why(capability=(7, 5))
     assert "not in float64" in _why(dtype=torch.float64)

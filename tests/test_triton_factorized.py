@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from foldkernels.kernels import registry
-from foldkernels.kernels.chips import shared_memory
-from foldkernels.kernels.factorized_point_attention import _tiles as tiles
 
-from .support.triton_tools import CHIPS, Ask, interpreter, right, slow, usage, with_triton, wrong
+from .support.factorized_code import variants
+from .support.triton_tools import Ask, interpreter, right, slow, with_triton, wrong
+from .support.usage_table import assert_written_down, cases, hold
 
 PLAIN: dict[str, Any] = {
     "b": 1, "n": 7, "h": 2, "c": 4, "p": 2, "pv": 3, "r": 2, "cp": 3,
@@ -90,66 +90,25 @@ def test_the_operator_is_one(ask):
 
 # Code for each chip ---------------------------------------------------------------------------------------------------
 
-TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-#: Bytes of stack that ptxas may use where registers run out; 24 is the most that was seen (`keys`, sm_90).
+TABLE = "factorized_point_attention"
+#: Bytes of stack that ptxas may use where registers run out.
 STACK = 64
 
 
-def compiled(target: Any, capability: tuple[int, int], kernel: str, dtype: str, points: bool) -> Any:
-    """A kernel's code for FlashIPA's published size, with the tile that `capability` takes."""
-    import triton
-    from triton.compiler import ASTSource
-
-    from foldkernels.kernels.factorized_point_attention._triton import KERNELS
-
-    function, tile = KERNELS[kernel], tiles.tile_for(capability, kernel, TYPES[dtype])
-    c, dv, features, points_of_values = 128, 128 + 2 * 32, 3 * 8 + 2, 3 * 12
-    (of_c, c_chunks), (of_v, v_chunks) = tiles.chunks(c, tile), tiles.chunks(dv, tile)
-    constants = {"C": c, "CW": of_c, "CHUNKS": c_chunks, "F": features, "FW": tiles.width(features)}
-    constants |= {"DV": dv, "VW": of_v, "VCHUNKS": v_chunks, "PV": points_of_values}
-    constants |= {"PW": tiles.width(points_of_values), "I": tile.queries, "J": tile.keys, "POINTS": points}
-    constants |= {"PRECISION": "ieee", "WIDE_PRECISION": "ieee" if dtype == "fp32" else "tf32x3", "INTERPRETED": False}
-    data = dict.fromkeys(("q", "k", "v", "d_out", "d_q", "d_k", "d_v"), f"*{dtype}")
-    wide = "qf kf kb vf out out_f lse delta d_points d_qf d_kf d_kb d_vf".split()
-    types = {**data, **dict.fromkeys(wide, "*fp32"), "ends": "*i32", "scale": "fp32"}
-    types |= dict.fromkeys(constants, "constexpr")
-    names = function.arg_names
-    # Pointers and the strides of 16-bit data are multiples of 16; those of 26 or 36 columns are not.
-    odd = ("heads", "n", "first", "scale", *constants)
-    odd_strides = tuple(f"{name}_" for name in (*wide, "d_points"))
-    whole = [i for i, name in enumerate(names) if name not in odd and not name.startswith(odd_strides)]
-    source = ASTSource(
-        function,
-        {name: types.get(name, "i32") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in whole},
-    )
-    return triton.compile(source, target=target, options={"num_warps": tile.warps, "num_stages": tile.stages})
-
-
-def _cases() -> Iterator[Any]:
-    for arch in CHIPS:
-        for dtype, kernel in ((dtype, kernel) for dtype in TYPES for kernel in tiles.KERNELS):
-            quick = (arch, dtype, kernel) == (80, "bf16", "forward")
-            yield pytest.param(
-                arch, dtype, kernel, id=f"sm_{arch}-{dtype}-{kernel}", marks=[] if quick else [pytest.mark.slow]
-            )
-
-
 @with_triton
-@pytest.mark.parametrize(("arch", "dtype", "kernel"), [*_cases()])
-def test_it_compiles_and_fits(arch, dtype, kernel, tmp_path):
+@pytest.mark.parametrize("variant", cases(variants()))
+def test_it_compiles_and_fits(variant, tmp_path):
     """Within the chip's shared memory; 16 bits and points on the tensor cores, float32 never rounded to tf32."""
-    from triton.backends.compiler import GPUTarget
-
-    code = compiled(GPUTarget("cuda", arch, 32), CHIPS[arch], kernel, dtype, True)
-    used = usage(code, tmp_path)
-    print(f"sm_{arch} {dtype} {kernel}: {used}")
-    assert used.shared <= shared_memory(CHIPS[arch])
-    assert used.stack <= STACK
+    code = variant.compile()
+    hold(TABLE, variant, code, tmp_path, STACK)
     products = re.findall(r"mma\.(?:m16n8|sync)|wgmma\.mma_async|tcgen05\.mma", code.asm["ptx"])
-    assert bool(products) == (dtype == "bf16"), "the products are not where they should be"
-    assert ("tf32" in code.asm["ptx"]) == (dtype == "bf16")
+    half = variant.name.startswith("bf16")
+    assert bool(products) == half, "the products are not where they should be"
+    assert ("tf32" in code.asm["ptx"]) == half
+
+
+def test_what_is_taken_unmeasured_is_written_down():
+    assert_written_down(TABLE, variants())
 
 
 # Whom it serves -------------------------------------------------------------------------------------------------------

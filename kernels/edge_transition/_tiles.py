@@ -10,6 +10,7 @@ import torch
 
 from ..chips import reasons_against_chip, reasons_against_type
 from ..requests import Reason, Request
+from ..tilings import with_halves
 
 
 class Tile(NamedTuple):
@@ -82,9 +83,24 @@ def chips(capability: tuple[int, int]) -> str:
     return MIDDLE if capability in ((8, 0), (8, 7)) else SMALL
 
 
-def tile_for(capability: tuple[int, int], kernel: str) -> Tile:
-    """The tile of one of `KERNELS`."""
-    return TILES[chips(capability)][KERNELS.index(kernel)]
+def tiles_for(capability: tuple[int, int], kernel: str) -> list[Tile]:
+    """The tiles that one of `KERNELS` may be tried in; the first is taken unless another was measured."""
+    return with_halves(TILES[chips(capability)][KERNELS.index(kernel)], ("rows",), ("block",), least=4)
+
+
+def _reason_against_float32(precision: str) -> Reason:
+    """Why float32 is left to PyTorch's matrix products.
+
+    As compiled for 8.0 and 9.0 at the published widths, where the hidden layer is 384 wide: with three products of tf32
+    in place of one, a tile of 16 pairs spills 1.5 KB a thread, one of 32 pairs 6 KB. With one product of tf32, 32 pairs
+    fit without spilling and 64 do not. The weights, 1 MB in float32, are read again for each tile: 33 KB a pair, at
+    5.5 TB/s from the L2 cache of an H200 6 ns, where PyTorch's products in tf32 need about 2 ns for a pair's 524 kflop
+    and 2 ns more for its hidden layers' way through memory. That is arithmetic, not measured. A test holds the spills.
+    """
+    fix = "use bfloat16 (autocast, or precision: bfloat16), or kernel 'torch'"
+    if precision == "tf32":
+        return Reason("in tf32 a tile has room for 32 pairs, too few for the weights that each tile reads", fix)
+    return Reason("in float32, a tile's hidden layer does not fit the registers", fix)
 
 
 def reasons_against(request: Request) -> list[Reason]:
@@ -95,13 +111,7 @@ def reasons_against(request: Request) -> list[Reason]:
         reasons.append(Reason("it is written for NVIDIA's GPUs, and this is AMD's", "use kernel 'torch'"))
     reasons += reasons_against_type(request)
     if request.dtype is torch.float32 and request.precision != "bfloat16":
-        # Compiled for 9.0 with three products of tf32 in place of one, a tile of 32 pairs spills 6 KB a thread.
-        reasons.append(
-            Reason(
-                "in float32, a tile's hidden layer does not fit the registers",
-                "use bfloat16 (autocast, or precision: bfloat16), or kernel 'torch'",
-            )
-        )
+        reasons.append(_reason_against_float32(request.precision))
     wide = widths(*(request.dims[name] for name in ("cz", "cn", "cz_out")))
     if max(wide.z, wide.out) > WIDEST:
         widest = max(request.dims["cz"], request.dims["cz_out"])

@@ -1,22 +1,28 @@
 """The edge transition's Triton kernels, as custom operators: launches, memory, autograd. Imported by `load` only."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from triton.runtime.errors import OutOfResources
 
-from .. import machine
+from .. import _triton_common, machine
 from .._triton_common import INTERPRETED
 from ..blocks import row_blocks
 from ..custom import no_double_backward
 from ..rows import accumulate_
+from ..tile_cache import TileCache, length_class, source_of
+from . import _kernels
 from ._kernels import KERNELS
 from ._rows import Split
-from ._tiles import Tile, tile_for, widths
+from ._tiles import Tile, tiles_for, widths
 
 _CHIP_OF_THE_INTERPRETER = (8, 0)
+_TILES = TileCache("edge_transition", source_of(_kernels, _triton_common), OutOfResources)
+Result = TypeVar("Result")
 
 
 def _inner_contiguous(x: Tensor) -> Tensor:
@@ -54,20 +60,22 @@ class _Call:
     def _matrix(self, x: Tensor, rows: int, columns: int) -> Tensor:
         return pad(x.to(self.z.dtype), (0, columns - x.shape[1], 0, rows - x.shape[0])).contiguous()
 
-    def tile(self, kernel: str) -> Tile:
-        """The tile that the chip takes."""
-        return tile_for(self.capability, kernel)
+    def tiled(self, kernel: str, rows: slice, run: Callable[[Tile], Result]) -> Result:
+        """Run a kernel over some rows in the tile that the chip runs it best in."""
+        words: dict[str, int | str] = {
+            "kernel": kernel, "dtype": str(self.z.dtype), "cz": self.cz, "hidden": self.hidden, "cz_out": self.c_out,
+            "rows": length_class(rows.stop - rows.start), "n": length_class(self.n),
+        }  # fmt: skip
+        return _TILES.run(words, tiles_for(self.capability, kernel), run, self.z.device)
 
-    def programs(self, kernel: str, rows: slice) -> int:
+    def programs(self, tile: Tile, rows: slice) -> int:
         """How many rectangles cover some rows."""
-        tile = self.tile(kernel)
         return -(-(rows.stop - rows.start) // tile.rows) * -(-self.n // tile.columns)
 
-    def launch(self, kernel: str, rows: slice, *arguments: Any, **options: Any) -> None:
-        """Run a kernel over some rows, in its tile's size. The interpreter's CPU needs no guard."""
-        tile = self.tile(kernel)
+    def launch(self, kernel: str, tile: Tile, rows: slice, *arguments: Any, **options: Any) -> None:
+        """Run a kernel over some rows, in a tile's size. The interpreter's CPU needs no guard."""
         with torch.cuda.device(self.z.device) if self.z.is_cuda else nullcontext():
-            KERNELS[kernel][(self.programs(kernel, rows),)](
+            KERNELS[kernel][(self.programs(tile, rows),)](
                 *arguments,
                 CZ=self.cz,
                 Z=self.wide.z,
@@ -87,6 +95,7 @@ class _Call:
     def update(
         self,
         kernel: str,
+        tile: Tile,
         item: int,
         rows: slice,
         transposed: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -98,12 +107,39 @@ class _Call:
         first, second, last, skip = transposed
         z = self.z[item]
         self.launch(
-            kernel, rows,
+            kernel, tile, rows,
             z, self.mask[item], first, self.first_i[item], self.first_j[item], second, self.bias_2, last, skip,
             self.last_i[item], self.last_j[item], self.norm_weight, self.norm_bias, out, d_out, *kept,
             *z.stride()[:2], *out.stride()[:2], *d_out.stride()[:2], rows.start, rows.stop, self.n, self.eps,
             C_OUT=self.c_out, MASKED=self.masked, BACKWARD=kernel == "hidden",
         )  # fmt: skip
+
+    def forward(self, item: int, weights: tuple[Tensor, Tensor, Tensor, Tensor], out: Tensor) -> None:
+        """Update an item."""
+        rows, nothing = slice(0, self.n), (out,) * 5
+        self.tiled("forward", rows, lambda tile: self.update("forward", tile, item, rows, weights, out, out, nothing))
+
+    def hidden_layers(
+        self,
+        item: int,
+        rows: slice,
+        weights: tuple[Tensor, Tensor, Tensor, Tensor],
+        d_out: Tensor,
+        kept: tuple[Tensor, Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Fill `kept`: both hidden layers, the last layer's gradient. Returns those of LayerNorm's scale and shift."""
+
+        def run(tile: Tile) -> Tensor:
+            sums = self.z.new_empty(2, self.programs(tile, rows), self.wide.out, dtype=torch.float32)
+            self.update("hidden", tile, item, rows, weights, d_out, d_out, (*kept, *sums))
+            return sums
+
+        scale, shift = self.tiled("hidden", rows, run).sum(1)
+        return scale, shift
+
+    def gradients(self, rows: slice, *arguments: Any) -> None:
+        """Run `gradients_kernel` over some rows."""
+        self.tiled("gradients", rows, lambda tile: self.launch("gradients", tile, rows, *arguments))
 
     def transposed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The weights as the forward products take them."""
@@ -119,9 +155,8 @@ def edge_transition_triton(z: Tensor, parts: list[Tensor], mask: Tensor | None, 
     call = _Call(z, parts, mask, eps)
     out = z.new_empty(*z.shape[:3], call.c_out)
     weights = call.transposed()
-    nothing = (out,) * 5
     for item in range(call.b if call.n else 0):
-        call.update("forward", item, slice(0, call.n), weights, out[item], out[item], nothing)
+        call.forward(item, weights, out[item])
     return out
 
 
@@ -150,20 +185,18 @@ def edge_transition_triton_backward(
     )  # fmt: skip
     weights = call.transposed()
     for item, rows in row_blocks(z):
-        pairs, programs = (rows.stop - rows.start) * n, call.programs("hidden", rows)
+        pairs = (rows.stop - rows.start) * n
         h_first, h_second, d_first, d_second = z.new_empty(4, pairs, wide.hidden).unbind()
         d_last = z.new_empty(pairs, wide.out)
-        d_scale, d_shift = torch.empty(2, programs, wide.out, dtype=torch.float32, device=z.device).unbind()
-        kept = (h_first, h_second, d_last, d_scale, d_shift)
-        call.update("hidden", item, rows, weights, dz[item], d_out[item], kept)
-        call.launch(
-            "gradients", rows,
+        d_scale, d_shift = call.hidden_layers(item, rows, weights, d_out[item], (h_first, h_second, d_last))
+        call.gradients(
+            rows,
             d_last, h_first, h_second, call.weight_out, call.weight_2, call.weight_1, call.weight_skip,
             d_first, d_second, dz[item], *dz.stride()[1:3], rows.start, rows.stop, n,
         )  # fmt: skip
         z_pairs = call.z[item, rows].reshape(pairs, call.cz)
-        found.norm_weight.add_(d_scale.sum(0))
-        found.norm_bias.add_(d_shift.sum(0))
+        found.norm_weight.add_(d_scale)
+        found.norm_bias.add_(d_shift)
         found.bias_2.add_(d_second.sum(0, dtype=torch.float32))
         accumulate_(found.weight_out, d_last.t(), h_second)
         accumulate_(found.weight_skip, d_last.t(), z_pairs)

@@ -25,8 +25,12 @@ class Case:
         batched: Names of values whose first axis is the batch.
         options: What the registry calls optional features.
         gone_values: For a value's name, where it takes no part: its gradient there is zero. A mask of its first axes.
-        gone_outputs: For each output, where it must be zero.
+        gone_outputs: For each output, where it must be zero, or None; empty where no output says.
         hidden: For a value's name, the places that nothing may be read from (they belong to masked residues).
+        coordinates: Names of values [..., 3] that turn and shift with the protein; empty where there are none.
+        moved_outputs: The outputs that then turn and shift with it. Every other stays as it is.
+        whole_motions: Whether coordinates are whole numbers in bins, so that only quarter turns and whole shifts leave
+            every distance where it is.
     """
 
     operation: str
@@ -40,3 +44,6 @@ class Case:
     gone_values: dict[str, Tensor] = field(default_factory=dict)
     gone_outputs: tuple[Tensor | None, ...] = ()
     hidden: dict[str, Tensor] = field(default_factory=dict)
+    coordinates: frozenset[str] = frozenset()
+    moved_outputs: tuple[int, ...] = ()
+    whole_motions: bool = False

@@ -10,7 +10,7 @@ from ..edge_transition import edge_transition
 from ..edge_transition_attention import edge_transition_attention
 from .case import Case, Values
 from .draws import Draws, both
-from .points import invariant_point_attention_case
+from .points import COORDINATES, invariant_point_attention_case
 
 _TRANSITION = "weight_1 bias_1 weight_2 bias_2 weight_out bias_out norm_weight norm_bias".split()
 
@@ -110,6 +110,8 @@ def edge_features_case(
         gone_values={} if nowhere is None else {"nodes": nowhere},
         gone_outputs=(gone,),
         hidden={} if nowhere is None else dict.fromkeys(("nodes", "positions", "positions_sc"), nowhere),
+        coordinates=frozenset({"positions", "positions_sc"}),
+        whole_motions=True,
     )
 
 
@@ -159,4 +161,6 @@ def edge_transition_attention_case(
         gone_values=places,
         gone_outputs=(*([pairs] if keep_z else []), gone, gone, gone),
         hidden=places,
+        coordinates=COORDINATES,
+        moved_outputs=(2 if keep_z else 1,),
     )

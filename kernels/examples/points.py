@@ -10,6 +10,8 @@ from ..invariant_point_attention import invariant_point_attention
 from .case import Case, Values
 from .draws import Draws, both
 
+COORDINATES = frozenset({"q_points", "k_points", "v_points"})
+
 
 def invariant_point_attention_case(
     n: int, b: int, masked: bool, sizes: Mapping[str, int], seed: int, dropout: float = 0.0, away: float = 0.0
@@ -63,6 +65,8 @@ def invariant_point_attention_case(
         gone_values={**dict.fromkeys(queries, empty), **dict.fromkeys(keys, unseen), "z": nothing},
         gone_outputs=(empty, empty, empty),
         hidden={**dict.fromkeys((*queries, *keys), ~mask), "z": ~both(mask)},
+        coordinates=COORDINATES,
+        moved_outputs=(1,),
     )
 
 
@@ -119,4 +123,6 @@ def factorized_point_attention_case(
         gone_values=places,
         gone_outputs=(gone, gone, gone)[: 2 + with_pair],
         hidden=places,
+        coordinates=COORDINATES,
+        moved_outputs=(1,),
     )

@@ -65,7 +65,7 @@ def attention_pair_bias_case(
     r = Draws(seed)
     keys = n + 2 if cross else n
     s = b * shared
-    mask = r.mask(s, keys) if masked else None
+    mask = r.residues(s, keys) if masked else None
     values: dict[str, Tensor | None] = {
         "q": r.normal(s, n, h, d, scale=1.5),
         "k": r.normal(s, keys, h, d, scale=1.5),

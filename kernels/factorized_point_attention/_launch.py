@@ -6,14 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
-from .. import machine
+from .. import _triton_common, machine
 from .._triton_common import INTERPRETED
 from ..custom import no_double_backward
-from ._tiles import Tile, chunks, tile_for, width
+from ..tile_cache import TileCache, length_class, source_of
+from . import _triton
+from ._tiles import Tile, chunks, tiles_for, width
 from ._triton import KERNELS
 
 _CHIP_OF_THE_INTERPRETER = (8, 0)
+_TILES = TileCache("factorized_point_attention", source_of(_triton, _triton_common), OutOfResources)
 
 
 def _whole(x: Tensor) -> Tensor:
@@ -42,8 +46,16 @@ class _Call:
         return 0 in (self.b, self.n, self.h)
 
     def launch(self, kernel: str, *arguments: Any) -> None:
-        """Run a kernel on its first columns, points with them, and then on the other columns."""
-        tile = tile_for(self.capability, kernel, self.dtype)
+        """Run a kernel in the tile that the chip runs it best in."""
+        words: dict[str, int | str] = {
+            "kernel": kernel, "dtype": str(self.dtype), "c": self.c, "f": self.f, "dv": self.dv, "pv": self.pv,
+            "programs": length_class(self.b * self.h), "n": length_class(self.n),
+        }  # fmt: skip
+        tiles = tiles_for(self.capability, kernel, self.dtype)
+        _TILES.run(words, tiles, lambda tile: self.launch_as(tile, kernel, *arguments), self.device)
+
+    def launch_as(self, tile: Tile, kernel: str, *arguments: Any) -> None:
+        """Run it on its first columns, points with them, and then on the other columns."""
         constants = self.constants(tile)
         rows = tile.queries if kernel in ("forward", "queries") else tile.keys
         columns = constants["VCHUNKS" if kernel in ("forward", "values") else "CHUNKS"]

@@ -10,6 +10,7 @@ import torch
 
 from ..chips import reasons_against_chip, reasons_against_type
 from ..requests import Reason, Request
+from ..tilings import with_halves
 
 
 class Tile(NamedTuple):
@@ -24,18 +25,21 @@ class Tile(NamedTuple):
 
 KERNELS = ("forward", "queries", "keys", "values")
 
-SMALL, LARGE = "8.x and 12.x", "9.0 and 10.x"
+SMALL, HOPPER, BLACKWELL = "8.x and 12.x", "9.0", "10.x"
 EXACT, HALF = "float32", "16 bits"
 
 _EXACT = (Tile(16, 32, 32, 4, 2),) * 4
 _SMALL = (Tile(32, 32, 128, 4, 2), Tile(16, 32, 64, 4, 2), Tile(32, 32, 64, 4, 2), Tile(32, 32, 128, 4, 2))
-_LARGE = (Tile(64, 32, 128, 8, 2), *_SMALL[1:])
+_HOPPER = (Tile(64, 32, 128, 8, 2), *_SMALL[1:])
+_BLACKWELL = (_HOPPER[0], _SMALL[1], Tile(32, 16, 64, 4, 2), _SMALL[3])
 
 #: Chips, then type -> the tiles of `KERNELS`. Chosen by registers, spills and shared memory of the published size as
-#: compiled ahead of time; nothing has been timed. `queries` of 32 rows would spill 200 to 400 bytes in 16 bits.
+#: compiled ahead of time; nothing has been timed. `queries` of 32 rows would spill 200 to 400 bytes in 16 bits,
+#: `keys` of 32 on 10.x 176.
 TILES: Mapping[str, Mapping[str, tuple[Tile, ...]]] = {
     SMALL: {HALF: _SMALL, EXACT: _EXACT},
-    LARGE: {HALF: _LARGE, EXACT: _EXACT},
+    HOPPER: {HALF: _HOPPER, EXACT: _EXACT},
+    BLACKWELL: {HALF: _BLACKWELL, EXACT: _EXACT},
 }
 
 _TYPES = {torch.float32: EXACT, torch.bfloat16: HALF, torch.float16: HALF}
@@ -57,10 +61,24 @@ def chunks(columns: int, tile: Tile) -> tuple[int, int]:
     return wide, max(1, -(-columns // wide))
 
 
-def tile_for(capability: tuple[int, int] | None, kernel: str, dtype: torch.dtype) -> Tile:
-    """The tile of one of `KERNELS` on a chip; None is AMD's."""
-    large = capability is not None and (9, 0) <= capability < (12, 0)
-    return TILES[LARGE if large else SMALL][_TYPES[dtype]][KERNELS.index(kernel)]
+def chips(capability: tuple[int, int] | None) -> str:
+    """Which part of `TILES` a chip of a compute capability reads; None is AMD's."""
+    if capability is None or not (9, 0) <= capability < (12, 0):
+        return SMALL
+    return BLACKWELL if capability >= (10, 0) else HOPPER
+
+
+def tiles_for(capability: tuple[int, int] | None, kernel: str, dtype: torch.dtype) -> list[Tile]:
+    """The tiles that one of `KERNELS` may be tried in; the first is taken unless another was measured.
+
+    Args:
+        capability: The chip's compute capability; None is AMD's.
+        kernel: Which kernel.
+        dtype: The type of q.
+    """
+    tile = TILES[chips(capability)][_TYPES[dtype]][KERNELS.index(kernel)]
+    held = "queries" if kernel in ("forward", "queries") else "keys"
+    return with_halves(tile, (held,), ("keys" if held == "queries" else "queries",))
 
 
 def reasons_against(request: Request) -> list[Reason]:

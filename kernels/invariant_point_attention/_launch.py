@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from .. import machine
+from .. import _triton_common, machine
 from .._triton_common import INTERPRETED
 from ..custom import no_double_backward
 from ..tensors import without_autocast
@@ -88,7 +88,7 @@ class _Call:
         """Run a pass as the chip runs it best."""
         sizes = {"h": self.h, "cz": self.cz, "d": self.d - 1, "dv": self.dv}
         plans = plans_for(self.capability, kernel, self.z.dtype, **sizes)
-        words: dict[str, int | str] = {"kernel": kernel, "z": str(self.z.dtype), **sizes}
+        words: dict[str, int | str] = {"kernel": kernel, "z": str(self.z.dtype), "precision": self.precision, **sizes}
         words |= {"b": length_class(self.b), "n": length_class(self.n)}
         return _TILES.run(words, plans, run, self.q.device)
 
@@ -173,7 +173,7 @@ class _Call:
 
 _FEWEST_BLOCKS = 4  # of keys in a part: fewer would not pay for adding the parts up
 _PROGRAMS = 384  # a few for each processor of the largest chips
-_TILES = TileCache("invariant_point_attention", source_of(_triton), OutOfResources)
+_TILES = TileCache("invariant_point_attention", source_of(_triton, _triton_common), OutOfResources)
 
 
 def _outputs(q: Tensor, v: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

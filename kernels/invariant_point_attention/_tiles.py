@@ -10,6 +10,7 @@ import torch
 
 from ..chips import reasons_against_chip, reasons_against_type, shared_memory
 from ..requests import Reason, Request
+from ..tilings import with_halves
 
 
 class Plan(NamedTuple):
@@ -49,13 +50,20 @@ Tile = tuple[int, int, int, int]  # rows, columns, warps, stages
 Variant = tuple[str, str, bool]
 
 #: Bytes of shared memory a block -> kernel, type of z and way -> heads and channels of a tile -> the tile. Chosen by
-#: shared memory, registers and spills as compiled ahead of time (tests/goldens/triton/ipa_usage.json); nothing has been
-#: timed. A size takes the next larger heads and channels, whose memory holds it.
+#: shared memory, registers and spills as compiled ahead of time (tests/goldens/triton); nothing has been timed. A
+#: size takes the next larger heads and channels, whose memory holds it.
+#:
+#: More rows cost few more instructions, since 16 of them fill a product's side anyway. Float32's forward with 8 heads
+#: takes 193 instructions a pair in 4 rows and 104 in 8 on 9.0, where the time to read z leaves room for 108; its
+#: backward 611 in 2 and 317 in 4; 16 heads beside 16 bits 52 and 31. There is no fused way for float32: as three
+#: products of tf32 for z and split 16 bits for the rest, 8 rows take 135 instructions, spill 328 bytes in the loop and
+#: leave no room for a second tile of z; and the logits that it would save are 64 of a pair's 576 bytes in the kernel
+#: that reads z.
 TABLE: Mapping[int, Mapping[Variant, Mapping[tuple[int, int], Tile]]] = {
     166_912: {
         (FORWARD, HALF, FUSED): {(8, 128): (8, 16, 8, 2)},
-        (FORWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3), (16, 128): (4, 16, 8, 3), (8, 256): (4, 16, 8, 3)},
-        (FORWARD, EXACT, WIDE): {(8, 128): (4, 16, 8, 3), (16, 128): (2, 16, 8, 2), (8, 256): (2, 16, 8, 2)},
+        (FORWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3), (16, 128): (8, 16, 8, 3), (8, 256): (4, 16, 8, 3)},
+        (FORWARD, EXACT, WIDE): {(8, 128): (4, 16, 8, 3), (16, 128): (4, 16, 8, 2), (8, 256): (4, 16, 8, 2)},
         (BACKWARD, HALF, FUSED): {(8, 128): (4, 16, 8, 2)},
         (BACKWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 2), (16, 128): (4, 16, 8, 2), (8, 256): (4, 16, 8, 2)},
         (BACKWARD, EXACT, WIDE): {(8, 128): (2, 16, 8, 2), (16, 128): (1, 16, 8, 2), (8, 256): (1, 16, 8, 2)},
@@ -69,11 +77,11 @@ TABLE: Mapping[int, Mapping[Variant, Mapping[tuple[int, int], Tile]]] = {
     },
     232_448: {
         (FORWARD, HALF, FUSED): {(8, 128): (8, 16, 8, 3)},
-        (FORWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3), (16, 128): (4, 16, 8, 3), (8, 256): (4, 16, 8, 3)},
-        (FORWARD, EXACT, WIDE): {(8, 128): (4, 16, 8, 3), (16, 128): (2, 16, 8, 2), (8, 256): (2, 16, 8, 2)},
+        (FORWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3), (16, 128): (8, 16, 8, 3), (8, 256): (8, 16, 8, 3)},
+        (FORWARD, EXACT, WIDE): {(8, 128): (8, 16, 8, 3), (16, 128): (4, 16, 8, 2), (8, 256): (4, 16, 8, 2)},
         (BACKWARD, HALF, FUSED): {(8, 128): (8, 16, 8, 2)},
         (BACKWARD, HALF, WIDE): {(8, 128): (8, 16, 8, 3), (16, 128): (4, 16, 8, 2), (8, 256): (4, 16, 8, 2)},
-        (BACKWARD, EXACT, WIDE): {(8, 128): (2, 16, 8, 2), (16, 128): (1, 16, 8, 2), (8, 256): (1, 16, 8, 2)},
+        (BACKWARD, EXACT, WIDE): {(8, 128): (4, 16, 8, 2), (16, 128): (1, 16, 8, 2), (8, 256): (1, 16, 8, 2)},
     },
 }
 
@@ -127,9 +135,7 @@ def plans_for(
             found.append(Plan(way, queries, keys, cell[0], warps, stages, max(1, cell[1] // CHUNK)))
     if not found:
         raise ValueError(f"the Triton kernels have no tile for {h} heads and pairs of {cz} in {dtype}")
-    first = found[0]
-    smaller = [first._replace(queries=first.queries // 2)] if first.queries > 1 else []
-    return [*found[:1], *smaller, *found[1:]]
+    return [*with_halves(found[0], ("queries",), least=1, fewest_warps=8), *found[1:]]
 
 
 def reasons_against(request: Request) -> list[Reason]:

@@ -156,8 +156,6 @@ def check_operators(case: dict[str, Any]) -> dict[str, Any]:
     return {"opcheck": found, "twice": twice}
 
 
-
-
 def count_loads(case: dict[str, Any]) -> dict[str, Any]:
     """How many numbers of z a forward pass loads, by counting what the interpreter reads from z's memory."""
     import numpy

@@ -1,13 +1,7 @@
-"""Compiles invariant point attention's Triton kernels for chips that are not here.
+"""Compiles invariant point attention's Triton kernels for chips that are not here."""
 
-Run as a module, `python -m tests.support.ipa_compiled`, it writes down what each variant takes of each chip.
-"""
-
-import json
-import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +9,13 @@ import torch
 from foldkernels.kernels import chips
 from foldkernels.kernels.invariant_point_attention import _tiles as tiles
 
-from .triton_tools import CHIPS, usage
+from .triton_tools import CHIPS
+from .usage_table import Variant
 
-USAGE = Path(__file__).parents[1] / "goldens" / "triton" / "ipa_usage.json"
 TYPES = {tiles.HALF: "bf16", tiles.EXACT: "fp32"}
 
 
-class Variant(NamedTuple):
+class Cell(NamedTuple):
     """One cell of the table of tiles, for one chip."""
 
     arch: int
@@ -31,24 +25,55 @@ class Variant(NamedTuple):
     heads: int
     channels: int
 
-    def __str__(self) -> str:
-        way = "fused" if self.fused else "wide"
-        return f"sm_{self.arch} {self.kernel} {TYPES[self.z]} {way} {self.heads} {self.channels}"
+    def plans(self) -> list[tiles.Plan]:
+        """The ways that it is run in; where both are possible, the other is another cell."""
+        dtype = torch.bfloat16 if self.z == tiles.HALF else torch.float32
+        columns = tiles.FUSED_WIDTH if self.fused else tiles.FUSED_WIDTH + 1
+        sizes = {"h": self.heads, "cz": self.channels, "d": columns, "dv": columns}
+        found = tiles.plans_for(CHIPS[self.arch], self.kernel, dtype, **sizes)
+        return [plan for plan in found if plan.fused == self.fused]
+
+
+def cells() -> Iterator[Cell]:
+    """The whole table."""
+    for arch, capability in CHIPS.items():
+        for (kernel, z, fused), found in tiles.TABLE[chips.shared_memory(capability)].items():
+            for heads, channels in found:
+                yield Cell(arch, kernel, z, fused, heads, channels)
+
+
+def precisions(z: str) -> tuple[str, ...]:
+    """How its products may be rounded."""
+    return ("ieee",) if z == tiles.HALF else ("tf32x3", "tf32")
 
 
 def variants() -> Iterator[Variant]:
     """Everything that the dispatcher can choose."""
-    for arch, capability in CHIPS.items():
-        for (kernel, z, fused), cells in tiles.TABLE[chips.shared_memory(capability)].items():
-            for heads, channels in cells:
-                yield Variant(arch, kernel, z, fused, heads, channels)
+    for cell in cells():
+        for precision in precisions(cell.z):
+            for plan in cell.plans():
+                yield variant(cell, plan, precision)
 
 
-def compiled(variant: Variant, *, masked: bool = True, ones: tuple[str, ...] = ()) -> Any:
-    """A variant's code, at the largest sizes that take it.
+def variant(cell: Cell, plan: tiles.Plan, precision: str) -> Variant:
+    """A cell in one of its tiles; the published size on two chips is quick."""
+    way = "fused" if cell.fused else "wide"
+    tile = f"{plan.queries}x{plan.keys}x{plan.warps}x{plan.stages}"
+    name = f"{cell.kernel} {TYPES[cell.z]} {precision} {way} {cell.heads} {cell.channels} {tile}"
+    quick = cell.arch in (80, 90) and cell.fused and plan == cell.plans()[0]
+    first = plan == cell.plans()[0] and precision != "tf32"
+    return Variant(cell.arch, name, first, quick, partial(compiled, cell, plan, precision))
+
+
+def compiled(
+    cell: Cell, plan: tiles.Plan, precision: str, *, masked: bool = True, ones: tuple[str, ...] = ()
+) -> Any:
+    """A cell's code in one of its tiles, at the largest sizes that take it.
 
     Args:
-        variant: Which.
+        cell: Which.
+        plan: The tile.
+        precision: Of products.
         masked: With a mask over pairs, which takes more registers.
         ones: Names of integer arguments that are 1, which Triton compiles for.
     """
@@ -58,22 +83,18 @@ def compiled(variant: Variant, *, masked: bool = True, ones: tuple[str, ...] = (
 
     from foldkernels.kernels.invariant_point_attention._triton import KERNELS
 
-    dtype = torch.bfloat16 if variant.z == tiles.HALF else torch.float32
-    columns = tiles.FUSED_WIDTH if variant.fused else tiles.FUSED_WIDTH + 1
-    sizes = {"h": variant.heads, "cz": variant.channels, "d": columns, "dv": columns}
-    plan = tiles.plans_for(CHIPS[variant.arch], variant.kernel, dtype, **sizes)[0]
-    assert plan.fused == variant.fused and plan.heads == variant.heads
-    half = variant.z == tiles.HALF
+    columns = tiles.FUSED_WIDTH if cell.fused else tiles.FUSED_WIDTH + 1
+    half = cell.z == tiles.HALF
     constants: dict[str, Any] = {
-        "H": variant.heads, "HW": plan.heads,
-        "CZ": variant.channels, "CZW": variant.channels // plan.chunks, "CHUNKS": plan.chunks,
+        "H": cell.heads, "HW": plan.heads,
+        "CZ": cell.channels, "CZW": cell.channels // plan.chunks, "CHUNKS": plan.chunks,
         "D": columns, "DW": tiles.width(columns), "DV": columns, "DVW": tiles.width(columns),
         "I": plan.queries, "J": plan.keys, "TERMS": 2 if half else 1, "NEVER": -1e30, "FUSED": plan.fused,
-        "MASKED": masked, "PRECISION": "ieee" if half else "tf32x3", "INTERPRETED": False,
+        "MASKED": masked, "PRECISION": precision, "INTERPRETED": False,
     }  # fmt: skip
-    function = KERNELS[variant.kernel]
+    function = KERNELS[cell.kernel]
     names = function.arg_names
-    z, packed = f"*{TYPES[variant.z]}", "*fp16" if half else "*fp32"
+    z, packed = f"*{TYPES[cell.z]}", "*fp16" if half else "*fp32"
     types = dict.fromkeys(("z", "weight", "joined", "d_z"), z)
     types |= dict.fromkeys(("q", "k", "v", "d_out", "weights"), packed)
     types |= {"d_logits": z, "pair_mask": "*i1", "there": "*i1"}
@@ -90,22 +111,5 @@ def compiled(variant: Variant, *, masked: bool = True, ones: tuple[str, ...] = (
         constexprs={(names.index(name),): value for name, value in values.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in whole},
     )
-    target = GPUTarget("cuda", variant.arch, 32)
+    target = GPUTarget("cuda", cell.arch, 32)
     return triton.compile(source, target=target, options={"num_warps": plan.warps, "num_stages": plan.stages})
-
-
-def main() -> None:
-    import triton
-
-    found: dict[str, Any] = {"triton": triton.__version__}
-    with tempfile.TemporaryDirectory() as folder:
-        for variant in variants():
-            found[str(variant)] = usage(compiled(variant), Path(folder))
-            print(variant, *found[str(variant)], file=sys.stderr, flush=True)
-    USAGE.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in found.items()]
-    USAGE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -25,6 +25,7 @@ from pages import Block, blocks
 
 def main(root: Path, folder: Path) -> None:
     """Run every page of `root`, each in a folder of its own below `folder`."""
+    os.environ["FOLDKERNELS_CACHE"] = str(folder / "cache")
     # So that each page's process finds them imported.
     for name in ("compat.multiflow.loading", "compat.multiflow.sampling", "kernels.explanation"):
         importlib.import_module(f"foldkernels.{name}")
@@ -85,7 +86,7 @@ def run(page: Sequence[Block], place: Path) -> list[str]:
 
 
 def make_material(root: Path, place: Path) -> None:
-    """What the pages say that lies in the working folder: a small checkpoint, few steps, a language model."""
+    """What the pages say lies in the working folder: a small checkpoint (few steps), structures, a language model."""
     weights = place / "weights"
     weights.mkdir(parents=True)
     golden = Path(__file__).parents[1] / "goldens"
@@ -93,6 +94,7 @@ def make_material(root: Path, place: Path) -> None:
     config = (golden / "multiflow" / "small" / "config.yaml").read_text(encoding="utf-8")
     assert "num_timesteps: 100" in config
     (weights / "config.yaml").write_text(config.replace("num_timesteps: 100", "num_timesteps: 2"), encoding="utf-8")
+    shutil.copytree(golden / "pdb", place / "structures")
     from foldkernels.modules.esm2 import ESM2
 
     # As many layers and heads as its name says, and hardly any channels.

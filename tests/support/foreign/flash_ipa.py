@@ -93,9 +93,7 @@ class EdgeEmbedder(nn.Module):
 
 def ipa(use_flash_attn: bool = False, **changes: Any) -> InvariantPointAttention:
     torch.manual_seed(0)
-    return InvariantPointAttention(
-        SimpleNamespace(**{**multiflow.SIZES, "use_flash_attn": use_flash_attn, **changes})
-    )
+    return InvariantPointAttention(SimpleNamespace(**{**multiflow.SIZES, "use_flash_attn": use_flash_attn, **changes}))
 
 
 def edge_transition(mode: str = "2d") -> EdgeTransition:
