@@ -82,10 +82,11 @@ def examine(device: str | None = None, *, check: bool = False, imports: Sequence
         # The machine may be broken in ways that nobody foresaw, and that is when the doctor is called.
         try:
             return function()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             problems.append(f"{what}: {type(error).__name__}: {error}")
             return otherwise
 
+    attempt("trying plugins", _leave_out_plugins, None)
     for module in imports:
         attempt(f"importing {module}", partial(import_module, module), None)
     judged = device or attempt("asking for the devices", best_device, "cpu")
@@ -263,7 +264,7 @@ def _reasons(kernel: Kernel, request: Request) -> list[dict[str, str]]:
         if not found:
             kernel.load()
         return found
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return [{"why": f"{type(error).__name__}: {error}", "fix": ""}]
 
 
@@ -324,6 +325,18 @@ def _checks(device: str, ready_in: Mapping[str, Any], imports: Sequence[str]) ->
     with progress_bar("checking kernels", len(items)) as advance:
         done = verify_apart(items, imports, lambda row: advance())
     return [row.as_dict() for row in [*done, *(row for row in rows if row.status == "no example")]]
+
+
+def _leave_out_plugins() -> None:
+    """Try other packages' entry points in another process first: one that aborts must not take this one down."""
+    from importlib.metadata import entry_points
+
+    from ..kernels.packages import deadly
+    from ..kernels.registry import ENTRY_POINT_GROUP, leave_out_plugins
+
+    points = {point.name: point.module for point in entry_points(group=ENTRY_POINT_GROUP)}
+    broken = deadly(sorted(set(points.values())))
+    leave_out_plugins({name: broken[module] for name, module in points.items() if module in broken})
 
 
 def _broken_plugins() -> dict[str, str]:

@@ -23,6 +23,9 @@ OURS: Mapping[str, str] = {
 #: Other people's, for `foldkernels doctor`.
 THEIRS: Mapping[str, str] = {
     "OMP_NUM_THREADS": "PyTorch's threads on a CPU.",
+    "RANK": "With WORLD_SIZE and LOCAL_RANK: which of several processes this is, for `foldkernels sample`.",
+    "WORLD_SIZE": "How many processes share the work; torchrun sets it.",
+    "LOCAL_RANK": "Which of its machine's processes this is: it takes the GPU of that number.",
     "MKL_NUM_THREADS": "Threads of the matrix products on a CPU.",
     "CUDA_VISIBLE_DEVICES": "Which GPUs PyTorch sees.",
     "PYTORCH_ENABLE_MPS_FALLBACK": "On a Mac: `1` runs operators that the GPU lacks on the CPU.",

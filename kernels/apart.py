@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import probe
+from . import probe, registry
 from .trial import can_start_python, watch
 from .verification import Item, Row, verify
 
@@ -58,7 +58,8 @@ def _run(tasks: list[dict[str, Any]], imports: Sequence[str]) -> tuple[list[dict
     """What a process answered, and how it ended where that is fewer answers than tasks."""
     with tempfile.TemporaryDirectory(prefix="foldkernels-verify-", ignore_cleanup_errors=True) as folder:
         request, results, log = (Path(folder) / name for name in ("request.json", "results.jsonl", "log.txt"))
-        asked = {"path": sys.path, "imports": list(imports), "tasks": tasks}
+        broken = dict(registry.broken_plugins())  # one that aborts must not do so there, either
+        asked = {"path": sys.path, "imports": list(imports), "broken_plugins": broken, "tasks": tasks}
         request.write_text(json.dumps(asked), encoding="utf-8")
         results.touch()
         try:

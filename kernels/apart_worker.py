@@ -8,6 +8,7 @@ import os
 import sys
 from typing import Any
 
+from .registry import leave_out_plugins
 from .verification import Item, verify
 
 
@@ -21,6 +22,7 @@ def work(request_path: str, results_path: str, log: str) -> None:
         pass
     with open(request_path, encoding="utf-8") as file:
         request = json.load(file)
+    leave_out_plugins(request["broken_plugins"])
     for module in request["imports"]:
         try:
             importlib.import_module(module)

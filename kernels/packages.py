@@ -206,6 +206,15 @@ def conflicts() -> list[str]:
     return []
 
 
+def deadly(modules: Sequence[str]) -> dict[str, str]:
+    """Which of these modules cannot be imported here, and why: tried in another process, which they may take down."""
+    if not modules or not can_start_python():
+        return {}
+    candidates = {module: Candidate((module,)) for module in modules}
+    found = try_apart(list(candidates.values()))
+    return {module: why for module, candidate in candidates.items() if (why := found[candidate].why)}
+
+
 def refresh() -> None:
     """Forget what was found, so that the next question tries again."""
     with _lock:

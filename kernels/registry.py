@@ -95,6 +95,15 @@ def broken_plugins() -> Mapping[str, str]:
     return _broken_plugins
 
 
+def leave_out_plugins(broken: Mapping[str, str]) -> None:
+    """Have these entry points not loaded, which others found to be broken. Too late once kernels are known.
+
+    Args:
+        broken: What is wrong, by the entry points' names.
+    """
+    _broken_plugins.update(broken)
+
+
 def _discover() -> None:
     """Import every `kernels/<operation>/<kernel>.py`, then the entry points of other packages; once."""
     global _discovered, _in_discovery
@@ -120,11 +129,13 @@ def _import_kernels() -> None:
             if not found.name.startswith("_"):
                 importlib.import_module(f"{package}.{folder.name}.{found.name}")
     for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name in _broken_plugins:
+            continue
         try:
             loaded = point.load()
             if callable(loaded):
                 loaded()
-        except Exception as error:  # somebody else's package: it must not take ours down, nor go unseen
+        except (Exception, SystemExit) as error:  # somebody else's package: it must not take ours down, nor go unseen
             _broken_plugins[point.name] = f"{type(error).__name__}: {error}"
 
 

@@ -6,6 +6,7 @@ be done; `verify` does an item and gives a `Row`. Items and rows are plain data,
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -314,6 +315,8 @@ def verify(item: Item) -> Row:
                 largest=worst.largest,
                 why=row.why or worst.note,
             )
+            if not math.isfinite(worst.error):  # which JSON has no word for
+                row = replace(row, error=None, plain=None, allowed=None, why=f"{worst.name} holds NaN or infinity")
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         memory = isinstance(error, torch.OutOfMemoryError | MemoryError)

@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import platform
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import torch
 from foldkernels.cli import _caches, _issue, _toolchain, doctor
 from foldkernels.cli.environment import OURS
 from foldkernels.cli.main import main
-from foldkernels.kernels import apart, verification
+from foldkernels.kernels import apart, registry, verification
 from foldkernels.kernels.examples import builders
 from foldkernels.kernels.verification import Item, Row, Subject
 
@@ -110,6 +111,24 @@ def test_a_kernel_that_hangs_is_a_row(call, plant, monkeypatch):
     assert rows["torch"]["status"] == "passed"  # after it, in a process of its own
 
 
+def test_a_plugin_that_aborts_is_left_out_in_the_other_process_too(tmp_path, monkeypatch):
+    add_plugin(tmp_path, "killer", "import os; os.abort()")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with restored():
+        registry.leave_out_plugins({"killer": "SIGABRT"})
+        (row,) = apart.verify_apart([Item(SMALL[0], "torch", "float32", "cpu", 5)])
+    assert row.status == "passed", row
+
+
+def add_plugin(folder: Path, name: str, code: str) -> None:
+    """A distribution with one module, which registers kernels when it is loaded."""
+    (folder / f"{name}.py").write_text(code)
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[foldkernels.kernels]\n{name} = {name}\n")
+
+
 def test_no_other_process_can_be_started(monkeypatch):
     items = [Item(SMALL[0], "torch", "float32", "cpu", 5)]
     monkeypatch.setattr(sys, "executable", "/no/such/python")
@@ -143,6 +162,22 @@ def test_packages_that_raise_abort_hang_and_lie(call, standins: StandIns, monkey
     assert flash["ok"] is False and "2.8.3" in flash["found"] and flash["fix"]
     assert any("SIGABRT" in reason["why"] for reason in report["kernels"]["triangle_attention"]["cuequivariance"])
     assert "PROBLEM" in doctor.as_text(report)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to tell of")
+def test_a_plugin_that_aborts_when_it_is_imported(tmp_path):
+    """Everything in a process of its own, which has to come back."""
+    add_plugin(tmp_path, "killer", "import os; os.abort()")
+    add_plugin(tmp_path, "quitter", "raise SystemExit(3)")
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    command = [sys.executable, "-m", "foldkernels", "doctor", "--device", "cpu", "--no-check", "--json"]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert "SIGABRT" in report["broken_plugins"]["killer"] and "SystemExit: 3" in report["broken_plugins"]["quitter"]
+    assert report["kernels"]["attention"]["torch"] == [] and report["problems"] == []
 
 
 def test_a_version_that_two_places_tell_differently(call, standins: StandIns):  # noqa: F811

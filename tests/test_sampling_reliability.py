@@ -1,4 +1,4 @@
-"""Samples survive: kill -9 at any moment, a full disk, folders that are read-only, removed or in the way."""
+"""Samples and converted checkpoints survive kill -9 at any moment, a full disk, and folders in a bad state."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import pytest
 
 from foldkernels.cli.main import main
 from foldkernels.compat.errors import BadInput
+from foldkernels.compat.multiflow.checkpoint import Checkpoint, read_checkpoint, write_safetensors
 from foldkernels.compat.multiflow.sampling import run_sampling
 from foldkernels.compat.multiflow.worker import Worker
 
@@ -342,3 +343,82 @@ def test_what_is_removed_while_a_run_goes_on(tmp_path: Path, whole: dict[str, by
     sampled(out, batch_size=1)
     assert set(contents(out)) == set(whole)
     assert hidden(out) == []
+
+
+# Conversion -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small() -> Checkpoint:
+    return read_checkpoint(Path(__file__).parent / "goldens" / "multiflow" / "small")
+
+
+def converted(folder: Path) -> dict[str, Any]:
+    """The files of a conversion, the header of the weights as data: safetensors writes its metadata in any order."""
+    files: dict[str, Any] = dict(contents(folder)) if folder.exists() else {}
+    text = files.get("model.safetensors")
+    if text is not None:
+        size = 8 + int.from_bytes(text[:8], "little")
+        files["model.safetensors"] = (json.loads(text[8:size]), text[size:])
+    return {name: data for name, data in files.items() if not name.endswith(".claim")}
+
+
+def convert_everywhere(small: Checkpoint, tmp_path: Path, every: int) -> int:
+    """Kills a conversion at each n-th moment, and converts again; gives the number of kills."""
+    out = tmp_path / "out"
+    write_safetensors(small, tmp_path / "whole")
+    whole = converted(tmp_path / "whole")
+    for kills, moment in enumerate(range(1, 10_000, every)):
+        shutil.rmtree(out, ignore_errors=True)
+        if not killed_at(moment, out, lambda: write_safetensors(small, out)):
+            assert converted(out) == whole
+            return kills
+        files = {name: data for name, data in converted(out).items() if "/" not in name}
+        assert all(text == whole[name] for name, text in files.items()), f"moment {moment}"
+        if "model.safetensors" in files:  # it was done, and says so
+            with pytest.raises(BadInput, match="already holds"):
+                write_safetensors(small, out)
+            write_safetensors(small, out, overwrite=True)
+        else:
+            write_safetensors(small, out)
+        assert converted(out) == whole and hidden(out) == [], f"moment {moment}"
+    raise AssertionError("the conversion never ended")
+
+
+def test_a_conversion_that_is_killed(small: Checkpoint, tmp_path: Path) -> None:
+    assert convert_everywhere(small, tmp_path, every=5) >= 2
+
+
+@pytest.mark.slow
+def test_a_conversion_that_is_killed_at_every_moment(small: Checkpoint, tmp_path: Path) -> None:
+    kills = convert_everywhere(small, tmp_path, every=1)
+    print(f"killed at {kills} moments")
+    assert kills >= 10
+
+
+def test_a_conversion_onto_a_disk_that_is_too_small(
+    small_disk: Callable[[int], Path], small: Checkpoint, tmp_path: Path
+) -> None:
+    write_safetensors(small, tmp_path / "whole")
+    whole = converted(tmp_path / "whole")
+    pages = sum(path.stat().st_size for path in (tmp_path / "whole").iterdir()) // 4096
+    for room in (1, 2, pages // 2, pages - 1):
+        out = small_disk(room) / "out"
+        with pytest.raises(BadInput, match=f"{out}: cannot write the checkpoint there .*No space left"):
+            write_safetensors(small, out)
+        assert converted(out) == {}
+    small_disk(pages + 20)
+    write_safetensors(small, out)
+    assert converted(out) == whole
+    small_disk(pages + 22)  # no room for another beside it, so the old one stays
+    with pytest.raises(BadInput, match="No space left"):
+        write_safetensors(small, out, overwrite=True)
+    assert converted(out) == whole
+
+
+def test_conversions_at_once_into_one_folder(small: Checkpoint, tmp_path: Path) -> None:
+    """One after the other, each whole; and who has nothing to wait for any longer says who is in the way."""
+    children = [in_a_process(lambda: write_safetensors(small, tmp_path / "out", overwrite=True)) for _ in range(4)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    write_safetensors(small, tmp_path / "whole")
+    assert converted(tmp_path / "out") == converted(tmp_path / "whole")

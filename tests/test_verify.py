@@ -129,7 +129,7 @@ def raises(q: Tensor, *rest: Any) -> Tensor:
         (wrong_output, "failed", "output 0"),
         (wrong_gradient, "failed", "gradient of q"),
         (changes_its_input, "failed", "changed its input q"),
-        (one_nan, "failed", "output 0"),
+        (one_nan, "failed", "holds NaN"),
         (raises, "raised", "RuntimeError: no such instruction"),
     ],
     ids=lambda value: getattr(value, "__name__", None),

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from .patching import patch
     from .sampling import run_sampling
     from .training import corrupt_batch, losses, self_condition
+    from .worker import Worker
 
 # Loaded when asked for: reading a checkpoint needs none of what sampling needs.
 _HOMES = {
     "FlowModel": "model",
     "Interpolant": "interpolant",
     "ModelConfig": "configuration",
+    "Worker": "worker",
     "corrupt_batch": "training",
     "load": "loading",
     "losses": "training",
@@ -34,6 +36,7 @@ __all__ = [
     "FlowModel",
     "Interpolant",
     "ModelConfig",
+    "Worker",
     "corrupt_batch",
     "load",
     "losses",

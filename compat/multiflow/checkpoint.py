@@ -12,7 +12,9 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 from ..errors import BadInput
+from .claims import holder, waiting_for
 from .configuration import read_config
+from .whole_files import flush_to_disk
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -22,6 +24,7 @@ LIGHTNING_NAME = "last.ckpt"
 SAFETENSORS_NAME = "model.safetensors"
 CONFIG_NAME = "config.yaml"
 _PREFIX = "model."
+_ASIDE = ".writing-"
 _LINES_SHOWN = 8
 
 
@@ -98,8 +101,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def write_safetensors(checkpoint: Checkpoint, folder: str | Path, overwrite: bool = False) -> Path:
     """Writes `model.safetensors` and `config.yaml`, which `read_checkpoint` reads back as the same checkpoint.
 
-    Both are written whole in a folder aside and then renamed into place: no reader meets half a file, and a failure
-    leaves what was there.
+    Both are written whole in a folder aside and then renamed into place: no reader meets half a file, and a failure (a
+    full disk, a killed process) leaves what was there. The same call then does what is left to do.
 
     Args:
         checkpoint: What to write.
@@ -110,16 +113,17 @@ def write_safetensors(checkpoint: Checkpoint, folder: str | Path, overwrite: boo
         The path of the weights.
 
     Raises:
-        BadInput: The files exist and `overwrite` is false, or the folder cannot be written.
+        BadInput: The files exist and `overwrite` is false, the folder cannot be written, or another process is writing
+            there.
     """
     from omegaconf import OmegaConf
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(folder).expanduser()
-    existing = [name for name in (SAFETENSORS_NAME, CONFIG_NAME) if (folder / name).exists()]
-    if existing and not overwrite:
-        raise BadInput(f"{folder}: already holds {' and '.join(existing)}.", "choose another folder, or overwrite.")
+    config = OmegaConf.to_yaml(checkpoint.config, resolve=False)
+    if not overwrite:
+        _refuse_to_replace(folder, config)
     # The last two parts of the path: enough to know the file again, and no home folder in a file meant for publishing.
     source = "/".join(checkpoint.source.absolute().parts[-2:])
     metadata = {"format": "pt", "written_by": "foldkernels", "source": source}
@@ -128,12 +132,24 @@ def write_safetensors(checkpoint: Checkpoint, folder: str | Path, overwrite: boo
     aside = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-        save_file(tensors, aside / SAFETENSORS_NAME, metadata)
-        (aside / CONFIG_NAME).write_text(OmegaConf.to_yaml(checkpoint.config, resolve=False), encoding="utf-8")
-        # save_file gives its file to its owner alone; the config has the mode that the user's umask asks for.
-        (aside / SAFETENSORS_NAME).chmod((aside / CONFIG_NAME).stat().st_mode & 0o777)
-        _rename_both(aside, folder)
+        with waiting_for(folder / SAFETENSORS_NAME) as claim:
+            if claim is None:
+                raise BadInput(
+                    f"{folder}: {holder(folder / SAFETENSORS_NAME)} is writing a checkpoint there.",
+                    "wait for it, or choose another folder.",
+                )
+            if claim.locked:  # nobody else is at it: what there is of unfinished writing is a killed process's
+                for left in folder.glob(f"{_ASIDE}*"):
+                    shutil.rmtree(left, ignore_errors=True)
+            aside = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=folder))
+            save_file(tensors, aside / SAFETENSORS_NAME, metadata)
+            (aside / CONFIG_NAME).write_text(config, encoding="utf-8")
+            # save_file gives its file to its owner alone; the config has the mode that the user's umask asks for.
+            (aside / SAFETENSORS_NAME).chmod((aside / CONFIG_NAME).stat().st_mode & 0o777)
+            for name in (SAFETENSORS_NAME, CONFIG_NAME):
+                with open(aside / name, "rb+") as file:
+                    flush_to_disk(file.fileno())
+            _rename_both(aside, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise BadInput(f"{folder}: cannot write the checkpoint there ({reason}).") from error
@@ -141,6 +157,14 @@ def write_safetensors(checkpoint: Checkpoint, folder: str | Path, overwrite: boo
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
     return folder / SAFETENSORS_NAME
+
+
+def _refuse_to_replace(folder: Path, config: str) -> None:
+    existing = [name for name in (SAFETENSORS_NAME, CONFIG_NAME) if (folder / name).exists()]
+    if existing == [CONFIG_NAME] and (folder / CONFIG_NAME).read_bytes() == config.encode("utf-8"):
+        return  # this very conversion, killed between its two renames
+    if existing:
+        raise BadInput(f"{folder}: already holds {' and '.join(existing)}.", "choose another folder, or overwrite.")
 
 
 def mismatch_report(

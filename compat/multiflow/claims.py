@@ -153,19 +153,18 @@ class Presence:
 
 
 @contextmanager
-def waiting_for(path: Path, seconds: float = 60.0) -> Iterator[None]:
-    """Holds the claim of a path, after waiting for it.
+def waiting_for(path: Path, seconds: float = 60.0) -> Iterator[Claim | None]:
+    """Holds the claim of a path, after waiting for it; gives None where it is still another's after that time.
 
     Args:
         path: What is claimed.
-        seconds: How long to wait. A process that was stopped while it held the claim must not stop all others: after
-            that time they go on without.
+        seconds: How long to wait. A process that was stopped while it held the claim must not stop all others.
     """
     deadline = time.monotonic() + seconds
     while (claim := Claim.take(path)) is None and time.monotonic() < deadline:
         time.sleep(0.02)
     try:
-        yield
+        yield claim
     finally:
         if claim is not None:
             claim.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -154,9 +155,11 @@ def _row(
     largest = float(true["pred_logits"].abs().max())
     errors = {"translations": apart, "rotations": angle, "logits": logits}
     scales = {"translations": 1.0, "rotations": 1.0, "logits": largest}
-    # The definition's own error is what the others are judged by; a NaN is never allowed, of whichever.
+    # The definition's own error is what the others are judged by.
     theirs = {name: getattr(plain, name, None) or 0.0 for name in errors} if plain is not None else errors
     passed = all(error <= TIMES * theirs[name] + FLOORS[name] * scales[name] for name, error in errors.items())
+    if not all(map(math.isfinite, errors.values())):  # which JSON has no word for
+        return PresetRow(preset, tuple(sorted(set(ran))), why="its outputs hold NaN or infinity")
     other = float((ours["pred_aatypes"] != true["pred_aatypes"]).double().mean())
     kernels = tuple(sorted(set(ran)))
     return PresetRow(preset, kernels, apart, angle, logits, largest, other, passed, "", round(seconds, 3))

@@ -211,6 +211,7 @@ class RunLog:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "device": self._device,
+            "threads": torch.get_num_threads(),
             "seconds": round(self.seconds, 3),
             "written": sum(record.rank is not None for record in self._samples.values()),
         }
