@@ -105,7 +105,7 @@ def run(
             "--budget",
             metavar="SECONDS",
             min=1.0,
-            help="Begin nothing that would not end within this time; what is left out is named.  [default: 240 where "
+            help="Measure nothing that would not end within this time; what is left out is named.  [default: 240 where "
             "neither OPERATION, --model nor --length says what to measure; else none]",
         ),
     ] = None,
@@ -253,7 +253,7 @@ def _folder(out: Path | None, overwrite: bool) -> Path:
 def _measure(wanted: Plan, folder: Path, json: bool) -> None:
     from ..compat.errors import BadInput
     from .benchmarking.plan import check_words
-    from .benchmarking.rows import MEASURED, WRONG, Results, write_json
+    from .benchmarking.rows import WRONG, Results, write_json
     from .benchmarking.running import Run
     from .benchmarking.summary import headline, problems, table
 
@@ -300,7 +300,6 @@ def _measure(wanted: Plan, folder: Path, json: bool) -> None:
         raise BadInput(f"nothing could be measured\n{told_why}".rstrip())
     if any(row.status == WRONG for row in rows):
         raise typer.Exit(1)
-    assert any(row.status == MEASURED for row in rows)
 
 
 def _check_words(wanted: Plan, bench: Run, check: Callable[..., None]) -> None:

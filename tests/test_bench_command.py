@@ -210,15 +210,16 @@ def test_memory_is_what_a_process_of_its_own_finds():
 class Told:
     """Answers by the length, and moves the run's clock on by what it pretends to take."""
 
-    def __init__(self, clock, answer=None, sides=("reference", "torch"), why=None):
+    def __init__(self, clock, answer=None, sides=("reference", "torch"), why=None, trial_s=0.0):
         self.clock, self.answer, self.sides, self.why = clock, answer, list(sides), why or {}
+        self.trial_s = trial_s
         self.asked, self.closed = [], 0
 
     def ask(self, question, seconds, heard=None):
         self.asked.append(question)
         if question["what"] == "describe":
             names = [spec["name"] for spec in question["subjects"]]
-            known = {"sides": self.sides, "why": self.why, "trial_s": 0.0, "trial_length": 32, "growth": 2.0}
+            known = {"sides": self.sides, "why": self.why, "trial_s": self.trial_s, "trial_length": 32, "growth": 2.0}
             return {
                 "machine": {"cpu": "told", "threads": 1},
                 "versions": {"foldkernels": "0"},
@@ -255,7 +256,21 @@ def test_the_budget_leaves_out_the_longest_and_says_so():
         (32, "measured"),
         (64, "no time"),  # 1 s, then 4 s: 16 s would be more than what is left
     ]
-    assert "--budget" in rows[-1].why and "budget of 6 s" in run.stopped
+    assert "about 16 s" in rows[-1].why and "--budget" in rows[-1].why and "budget of 6 s" in run.stopped
+
+
+def test_a_guess_decides_nothing_and_what_the_worker_finds_does():
+    """The trial was far too slow: the shortest point is asked for all the same, and its answer decides on the rest."""
+    clock = [0.0]
+    slow = {"status": "no time", "why": "7 rounds would take 50 s", "needs_s": 50.0}
+
+    def answer(question):
+        return {"sides": {side: dict(slow) for side in question["sides"]}} if question["what"] == "measure" else None
+
+    told = Told(clock, answer, trial_s=100.0)
+    run, rows = told_run(told, clock, budget=20.0)
+    assert [question["point"]["length"] for question in told.asked[1:]] == [16]
+    assert {row.status for row in rows} == {"no time"} and "about 80 s" in rows[0].why and run.stopped
 
 
 def test_each_subject_gets_its_share_of_the_budget():

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gemmi
 import numpy as np
 import pytest
 import torch
@@ -29,6 +30,7 @@ from foldkernels.compat.multiflow.dataset import (
     as_data_config,
     check_data,
     collate,
+    make_features,
     parsed,
     reading,
     training_batches,
@@ -324,6 +326,58 @@ def test_files_that_are_no_use_are_reported_and_skipped(folder: Path, settings: 
     # The second time it is told the same.
     again = quiet(folder, settings())
     assert again.report == data.report
+
+
+@pytest.mark.parametrize("ending", ["pdb", "cif"])
+def test_damaged_files_are_read_or_reported(folder: Path, ending: str) -> None:
+    """Bytes changed, taken out, put in twice: finite features, or an error that names the file, and nothing else."""
+    structure = gemmi.read_pdb_string(chain_lines(30) + chain_lines(10, "B", start=60))
+    structure.setup_entities()
+    text = structure.make_pdb_string() if ending == "pdb" else structure.make_mmcif_document().as_string()
+    whole = text.encode()
+    words = (
+        b"nan",
+        b"inf",
+        b"1e308",
+        b"\x00",
+        b"\xff\xfe",
+        b"\n",
+        b"?",
+        b"loop_",
+        b"TER\n",
+        b"ENDMDL\n",
+        b"9" * 20,
+        b" " * 8,
+    )
+    path = folder / f"damaged.{ending}"
+    outcomes = Counter()
+    for seed in range(70):
+        rng = np.random.default_rng(seed)
+        data = bytearray(whole)
+        for _ in range(rng.choice([1, 1, 4])):
+            place, other = sorted(rng.integers(len(data), size=2).tolist())
+            kind = rng.integers(5)
+            word = words[rng.integers(len(words))] if kind < 2 else rng.bytes(1)
+            if kind < 3:
+                data[place : place + len(word)] = word
+            elif kind == 3:
+                del data[place : place + int(rng.integers(100))]
+            else:
+                data[place:place] = data[other : other + 400]
+        path.write_bytes(data)
+        try:
+            chains = parsed.parse(path).chains
+        except BadInput as error:
+            assert str(path) in str(error)
+            outcomes["reported"] += 1
+            continue
+        outcomes["read"] += 1
+        if chains:
+            item = make_features(chains, [slice(0, chain.num_res) for chain in chains], [1] * len(chains))
+            assert all(value.isfinite().all() for value in item.values())
+            turned = item["rotmats_1"] @ item["rotmats_1"].mT
+            torch.testing.assert_close(turned, torch.eye(3).expand_as(turned), rtol=0, atol=1e-4)
+    assert min(outcomes.values()) > 2
 
 
 def test_nothing_to_train_on(folder: Path, tmp_path: Path, settings: Callable[..., dict[str, Any]]) -> None:

@@ -108,12 +108,8 @@ def compare_results(
     others = machine_differences(MAY_DIFFER, [(before[key], after[key]) for key in common])
     changes = [_change(before[key], after[key], tolerance, beside_baseline) for key in common]
     changes.sort(key=_badness)
-    baselines = [
-        (after[key].ms or 0.0) / before[key].ms
-        for key in common
-        if _has_time(before[key]) and _has_time(after[key]) and before[key].kernel == before[key].baseline
-        and before[key].ms
-    ]  # fmt: skip
+    both = [(before[key], after[key]) for key in common if _has_time(before[key]) and _has_time(after[key])]
+    baselines = [(new.ms or 0.0) / (old.ms or 1.0) for old, new in both if old.kernel == old.baseline]
     return Comparison(
         changes=tuple(changes),
         only_old=tuple(row for key, row in before.items() if key not in after and _has_time(row)),

@@ -15,7 +15,7 @@ from .rows import BACKWARD, FORWARD
 FIRST = ("edge_transition", "invariant_point_attention", "edge_features", "attention", "triangle_multiplication",
          "triangle_attention", "attention_pair_bias", "factorized_point_attention")  # fmt: skip
 LENGTHS = {"cpu": (64, 128, 256), "mps": (64, 128, 256, 512), "cuda": (128, 256, 512, 1024)}
-DTYPES = {"cuda": ("bfloat16", "float32")}
+DTYPES: Mapping[str, tuple[str, ...]] = {"cuda": ("bfloat16", "float32")}
 #: Seconds that a run may take that names neither what nor how long to measure.
 USUAL_BUDGET = 240.0
 #: A forward pass takes this part of forward and backward together, about.
@@ -39,7 +39,7 @@ class Plan:
         rounds: Samples of each side.
         seed: Of the inputs.
         memory: Whether to measure it.
-        budget: Seconds after which nothing new is begun; None for as long as it takes.
+        budget: Seconds of measuring; what would take more of them is left out. None for as long as it takes.
         threads: PyTorch's threads; PyTorch's own choice when None.
     """
 
@@ -98,6 +98,10 @@ class Known:
     def learn(self, point: Mapping[str, Any], seconds: float) -> None:
         """Remember how long a point took."""
         self._seen[point["dtype"], point["mode"]] = (point["length"], seconds)
+
+    def has_seen(self, point: Mapping[str, Any]) -> bool:
+        """Whether a shorter point of the same pass has been measured."""
+        return (point["dtype"], point["mode"]) in self._seen
 
     def estimate(self, point: Mapping[str, Any], sides: int, rounds: int) -> float:
         """Seconds that a point will take, from a shorter one or from the trial."""

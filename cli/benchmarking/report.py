@@ -110,7 +110,7 @@ def _fastest(measured: Sequence[Row]) -> tuple[str, str]:
         "memory",
         "of the baseline's",
     ]
-    rows = []
+    rows: list[list[Cell | str]] = []
     for best in sorted(found, key=lambda best: (MODES.index(best.row.mode), -(best.row.ratio or 0.0))):
         row = best.row
         what = escape(row.subject) + (f" ({row.dtype})" if several else "")
@@ -178,7 +178,7 @@ def _correctness(rows: Sequence[Row]) -> tuple[str, str]:
     checked = [row for row in rows if row.check]
     if not checked:
         return "Correctness", ""
-    lines = []
+    lines: list[list[Cell | str]] = []
     for key in dict.fromkeys((row.subject, row.kernel, row.dtype) for row in checked):
         mine = [row for row in checked if (row.subject, row.kernel, row.dtype) == key]
         wrong = [row for row in mine if row.status == WRONG]
@@ -278,7 +278,7 @@ def _every_row(rows: Sequence[Row]) -> tuple[str, str]:
         "MB",
         "error",
     ]
-    lines = []
+    lines: list[list[Cell | str]] = []
     for row in rows:
         ratio = row.ratio if row.kernel != row.baseline else None
         status = row.status if row.status == MEASURED else f'<span title="{escape(row.why)}">{row.status}</span>'

@@ -186,10 +186,8 @@ def read(path: Path) -> Results:
         raise BadInput(f"{path}: not a result of `foldkernels bench` (wanted {FORMAT!r}, found {found!r})")
     try:
         rows = tuple(_row(row) for row in data["rows"])
-        return Results(
-            rows, *(str(data.get(name, "")) for name in ("command", "started")), float(data.get("seconds", 0.0)),
-            str(data.get("stopped", "")),
-        )  # fmt: skip
+        words = {name: str(data.get(name, "")) for name in ("command", "started", "stopped")}
+        return Results(rows, seconds=float(data.get("seconds", 0.0)), **words)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise BadInput(f"{path}: its rows are damaged ({type(error).__name__}: {error})") from None
 
@@ -200,13 +198,10 @@ _NUMBERS = ("ms", "low_ms", "high_ms", "fastest_ms", "ratio", "ratio_low", "rati
 
 def _row(data: Mapping[str, Any]) -> Row:
     """A row from JSON; what a later version may have added is left out."""
-    row = Row(
-        **{
-            name: tuple(value) if name in ("runs", "alike") else value
-            for name, value in data.items()
-            if name in _FIELDS
-        }
-    )
+    known: dict[str, Any] = {name: value for name, value in data.items() if name in _FIELDS}
+    for name in ("runs", "alike"):
+        known[name] = tuple(known.get(name, ()))
+    row = Row(**known)
     for name in _TEXT:
         if not isinstance(getattr(row, name), str):
             raise TypeError(f"{name} is no text")

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...compat.errors import BadInput
 from . import figures
-from .plan import START_S, Known, Plan, chosen
+from .plan import OVERHEAD, START_S, Known, Plan, chosen
 from .processes import EXACT_MEMORY
 from .rows import FAILED, MEASURED, NO_TIME, UNAVAILABLE, Row
 from .workers import Worker, WorkerDied, bench_worker
@@ -45,7 +45,7 @@ class Run:
         self.stopped = ""
         self._one_process = True
         self._workers: list[Worker] = []
-        self._left_out = 0
+        self._measuring_since = 0.0
         self._estimate, self._done = 1.0, 0.0
 
     @property
@@ -85,6 +85,7 @@ class Run:
         self._one_process = answer["one_process"]
         self.known = [Known(**found) for found in answer["subjects"]]
         self._estimate = self.estimate()
+        self._measuring_since = self.seconds
 
     def sides(self, known: Known) -> tuple[list[str], set[str]]:
         """The sides of a subject that are asked for, and those that must run."""
@@ -104,7 +105,9 @@ class Run:
         """Measure, and give the rows of each point as they come."""
         for i, (spec, known) in enumerate(zip(self.plan.subjects, self.known, strict=True)):
             # Each subject gets its share of the time that is left; what it does not use goes to those that follow.
-            left = None if self.plan.budget is None else (self.plan.budget - self.seconds) / (len(self.known) - i)
+            budget = self.plan.budget
+            spent = self.seconds - self._measuring_since
+            left = None if budget is None else (budget - spent) / (len(self.known) - i)
             until = None if left is None else self.seconds + left
             try:
                 yield from self._subject(spec, known, until)
@@ -124,11 +127,15 @@ class Run:
             what = f"{known.name} L={point['length']} {point['mode']} {point['dtype']}"
             self.told(what, self._share_done())
             left = None if until is None else until - self.seconds
-            if left is not None and able and (left <= 0 or guess > left):
+            # A guess by the trial decides nothing: the worker calls a kernel twice, and then knows.
+            if left is not None and able and (left <= 0 or (known.has_seen(point) and guess > left)):
                 yield self._no_time(known, sides, point, guess)
                 continue
             began = self.seconds
-            found = {side: {"status": UNAVAILABLE, "why": known.why[side]} for side in sides if known.why.get(side)}
+            unable = [side for side in sides if known.why.get(side)]
+            found: dict[str, dict[str, Any]] = {
+                side: {"status": UNAVAILABLE, "why": known.why[side]} for side in unable
+            }
             found |= self._measure(timer, spec, able, point, guess, left, what) if able else {}
             found = {side: found[side] for side in sides}
             if peaks is not None:
@@ -136,6 +143,11 @@ class Run:
                     found[side]["memory_mb"] = self._peak(peaks, spec, side, point, guess)
             if any("seconds" in row for row in found.values()):
                 known.learn(point, self.seconds - began)
+            for row in found.values():
+                if row.get("status") == NO_TIME:
+                    known.learn(point, OVERHEAD * row["needs_s"])
+                    self._out_of_time()
+                    row["why"] = self._too_long(OVERHEAD * row["needs_s"])
             self._done += guess
             yield self._as_rows(known, point, found)
 
@@ -197,13 +209,18 @@ class Run:
         return None if found is None else float(found)
 
     def _no_time(self, known: Known, sides: list[str], point: Mapping[str, Any], guess: float) -> list[Row]:
-        self._left_out += 1
-        self.stopped = f"the budget of {self.plan.budget:.0f} s"
-        words = f"about {guess:.0f} s, more than its share of the {self.plan.budget:.0f} s (--budget)"
+        self._out_of_time()
+        words = self._too_long(guess)
         found = {side: {"status": NO_TIME, "why": words} for side in sides if not known.why.get(side)}
         found |= {side: {"status": UNAVAILABLE, "why": known.why[side]} for side in sides if known.why.get(side)}
         self._done += guess
         return self._as_rows(known, point, {side: found[side] for side in sides})
+
+    def _too_long(self, seconds: float) -> str:
+        return f"it would take about {seconds:.0f} s, more than its share of the {self.plan.budget:.0f} s (--budget)"
+
+    def _out_of_time(self) -> None:
+        self.stopped = f"the budget of {self.plan.budget:.0f} s leaves out what is longest"
 
     # Rows -------------------------------------------------------------------------------------------------------------
 
@@ -263,7 +280,7 @@ class Run:
         """The part that is done: of the estimate, or of the budget where that ends first."""
         share = self._done / max(self._estimate, 1e-9)
         if self.plan.budget is not None:
-            share = max(share, self.seconds / self.plan.budget)
+            share = max(share, (self.seconds - self._measuring_since) / self.plan.budget)
         return min(1.0, share)
 
 

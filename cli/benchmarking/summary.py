@@ -262,7 +262,7 @@ def table(rows: Sequence[Row]) -> str:
     head = ("", "L", "pass", "median", "quartiles", "against", "faster", "memory", "error (allowed)")
     for subject, dtype, device in dict.fromkeys((row.subject, row.dtype, row.device) for row in measured):
         mine = [row for row in measured if (row.subject, row.dtype, row.device) == (subject, dtype, device)]
-        cells = [(f"{subject}, {dtype}, {device}", *head[1:])]
+        cells: list[tuple[str, ...]] = [(f"{subject}, {dtype}, {device}", *head[1:])]
         cells += [_cells(row) for row in sorted(mine, key=lambda row: (MODES.index(row.mode), row.length))]
         widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
         for i, line in enumerate(cells):
