@@ -112,6 +112,7 @@ def test_a_kernel_that_hangs_is_a_row(call, plant, monkeypatch):
 
 
 def test_a_plugin_that_aborts_is_left_out_in_the_other_process_too(tmp_path, monkeypatch):
+    registry.operations()  # before it is there: everything that is known here stays known
     add_plugin(tmp_path, "killer", "import os; os.abort()")
     monkeypatch.syspath_prepend(str(tmp_path))
     with restored():

@@ -15,7 +15,7 @@ from foldkernels.kernels import registry
 
 from .support.factorized_code import variants
 from .support.triton_tools import Ask, interpreter, right, slow, with_triton, wrong
-from .support.usage_table import cases, hold
+from .support.usage_table import assert_written_down, cases, hold
 
 PLAIN: dict[str, Any] = {
     "b": 1, "n": 7, "h": 2, "c": 4, "p": 2, "pv": 3, "r": 2, "cp": 3,
@@ -105,6 +105,10 @@ def test_it_compiles_and_fits(variant, tmp_path):
     half = variant.name.startswith("bf16")
     assert bool(products) == half, "the products are not where they should be"
     assert ("tf32" in code.asm["ptx"]) == half
+
+
+def test_what_is_taken_unmeasured_is_written_down():
+    assert_written_down(TABLE, variants())
 
 
 # Whom it serves -------------------------------------------------------------------------------------------------------

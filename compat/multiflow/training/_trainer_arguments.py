@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -58,8 +59,13 @@ def trainer_options(experiment: ExperimentConfig, device: str | None, steps: int
         **experiment.trainer,
     }
     options |= _devices(experiment, device)
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started the processes: how many is settled
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        options |= {"devices": here, "num_nodes": int(os.environ["WORLD_SIZE"]) // here}
     if options["devices"] == 1 and int(options.get("num_nodes", 1)) == 1:
         options.pop("strategy", None)  # the original's config says ddp, which a single process can do without
+    else:
+        options.setdefault("strategy", "ddp")
     if steps is not None:
         options = {**options, "max_steps": steps, "max_epochs": -1}
     if options.get("max_steps", -1) == -1 and options.get("max_epochs") is None:
