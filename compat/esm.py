@@ -234,8 +234,10 @@ def _in_folder(folder: Path) -> tuple[Path, Mapping[str, Any]]:
     config = folder / "config.json"
     try:
         given = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{config}: no JSON ({error}).") from error
+    if not isinstance(given, Mapping):
+        raise BadInput(f"{config}: expected the settings of a model, found {type(given).__name__}.")
     found = {"num_attention_heads": "encoder_attention_heads", "token_dropout": "token_dropout"}
     return folder / name, {ours: given[theirs] for theirs, ours in found.items() if theirs in given}
 
@@ -333,7 +335,9 @@ def _sizes(weights: Mapping[str, Tensor], settings: Mapping[str, Any], source: s
     if frequencies is not None and frequencies.numel():
         heads = width // (2 * frequencies.numel())
     elif "encoder_attention_heads" in settings:
-        heads = int(settings["encoder_attention_heads"])
+        heads = settings["encoder_attention_heads"]
+        if type(heads) is not int or heads < 1:
+            raise BadInput(f"{source}: its settings say {heads!r:.40} attention heads.")
     elif contacts is not None:
         heads = contacts.shape[-1] // layers
     else:

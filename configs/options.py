@@ -28,10 +28,14 @@ def _known(words: Any) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+#: No width, and no number of layers, of any model comes near these: a larger one is a slip, or an attack on the memory.
+MOST_CHANNELS, MOST_LAYERS = 1 << 16, 1 << 10
+
+
 class Section(BaseModel):
     """Frozen; a key that does not exist is an error that names the nearest one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -46,19 +50,32 @@ class Section(BaseModel):
 class IPABlockConfig(Section):
     """`blocks.ipa`. What is left out is the model's own `ipa` section's."""
 
-    c_hidden: int | None = Field(default=None, gt=0, description="Channels of a head; the model's own when left out.")
-    no_heads: int | None = Field(default=None, gt=0, description="Heads; the model's own when left out.")
+    c_hidden: int | None = Field(
+        default=None, gt=0, le=MOST_CHANNELS, description="Channels of a head; the model's own when left out."
+    )
+    no_heads: int | None = Field(
+        default=None, gt=0, le=MOST_CHANNELS, description="Heads; the model's own when left out."
+    )
     no_qk_points: int | None = Field(
-        default=None, gt=0, description="Query and key points of a head; the model's own when left out."
+        default=None,
+        gt=0,
+        le=MOST_CHANNELS,
+        description="Query and key points of a head; the model's own when left out.",
     )
     no_v_points: int | None = Field(
-        default=None, gt=0, description="Value points of a head; the model's own when left out."
+        default=None, gt=0, le=MOST_CHANNELS, description="Value points of a head; the model's own when left out."
     )
     seq_tfmr_num_heads: int | None = Field(
-        default=None, gt=0, description="Heads of the sequence transformer; the model's own when left out."
+        default=None,
+        gt=0,
+        le=MOST_CHANNELS,
+        description="Heads of the sequence transformer; the model's own when left out.",
     )
     seq_tfmr_num_layers: int | None = Field(
-        default=None, gt=0, description="Layers of the sequence transformer; the model's own when left out."
+        default=None,
+        gt=0,
+        le=MOST_LAYERS,
+        description="Layers of the sequence transformer; the model's own when left out.",
     )
     dropout: float | None = Field(
         default=None, ge=0.0, lt=1.0, description="Dropout of IPA's logits; the model's own when left out."
@@ -72,10 +89,15 @@ class PairformerBlockConfig(Section):
     """`blocks.pairformer`, for `pairformer_no_seq` too."""
 
     num_heads: int = Field(
-        default=8, gt=0, description="Heads of the attention with pair bias; they share the width of the residues."
+        default=8,
+        gt=0,
+        le=MOST_CHANNELS,
+        description="Heads of the attention with pair bias; they share the width of the residues.",
     )
-    pairwise_head_width: int = Field(default=32, gt=0, description="Channels of a head of the triangle attention.")
-    pairwise_num_heads: int = Field(default=4, gt=0, description="Heads of the triangle attention.")
+    pairwise_head_width: int = Field(
+        default=32, gt=0, le=MOST_CHANNELS, description="Channels of a head of the triangle attention."
+    )
+    pairwise_num_heads: int = Field(default=4, gt=0, le=MOST_CHANNELS, description="Heads of the triangle attention.")
     dropout: float = Field(
         default=0.25, ge=0.0, lt=1.0, description="Dropout of rows and columns of the triangle updates, in training."
     )
@@ -87,16 +109,18 @@ class DoubleAttentionPairBlockConfig(Section):
     """`blocks.double_attention_pair`."""
 
     bottleneck_scale: int = Field(
-        default=4, gt=0, description="The pair width is divided by this; it must divide without rest."
+        default=4, gt=0, le=MOST_CHANNELS, description="The pair width is divided by this; it must divide without rest."
     )
     use_film: bool = Field(default=True, description="Scale and shift each update by a function of time.")
-    time_mlp_hidden_dim: int = Field(default=64, gt=0, description="Hidden width of that function.")
+    time_mlp_hidden_dim: int = Field(default=64, gt=0, le=MOST_CHANNELS, description="Hidden width of that function.")
 
 
 class AttentionPairBiasBlockConfig(Section):
     """`blocks.attention_pair_bias`."""
 
-    num_heads: int = Field(default=8, gt=0, description="Heads; they share the width of the residues.")
+    num_heads: int = Field(
+        default=8, gt=0, le=MOST_CHANNELS, description="Heads; they share the width of the residues."
+    )
     residual: bool = Field(
         default=True,
         description="Normalise before each layer and add its output to its input. `false` is cogeneration's bare "
@@ -116,7 +140,7 @@ class BlocksConfig(Section):
 class TrunkConfig(Section):
     """What `enrichment` and `sequence_net` have in common. A bare word is a block."""
 
-    num_layers: int = Field(default=4, gt=0, description="Blocks.")
+    num_layers: int = Field(default=4, gt=0, le=MOST_LAYERS, description="Blocks.")
     init: Init = Field(
         default="fresh",
         description="How new weights start: fresh, or zero, so that the model computes at first what it computes "
@@ -171,7 +195,7 @@ class SequenceNetConfig(TrunkConfig):
         default="mlp",
         description="Blocks before the logits. `mlp` (or `none`): Multiflow's own perceptron alone, exactly.",
     )
-    num_layers: int = Field(default=2, gt=0, description="Blocks.")
+    num_layers: int = Field(default=2, gt=0, le=MOST_LAYERS, description="Blocks.")
 
     @model_validator(mode="after")
     def _check_readers(self) -> "SequenceNetConfig":
@@ -192,7 +216,7 @@ class ESMCombinerConfig(Section):
         default=False,
         description="Mix it into the residues alone. Pairs need attention maps, which flash kernels do not give.",
     )
-    hidden_dim: int = Field(default=128, gt=0, description="Hidden width of the projections.")
+    hidden_dim: int = Field(default=128, gt=0, le=MOST_CHANNELS, description="Hidden width of the projections.")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Floating type of the language model."
     )

@@ -357,7 +357,11 @@ def test_damaged_files_are_read_or_reported(folder: Path, ending: str) -> None:
         for _ in range(rng.choice([1, 1, 4])):
             place, other = sorted(rng.integers(len(data), size=2).tolist())
             kind = rng.integers(5)
-            word = words[rng.integers(len(words))] if kind < 2 else rng.bytes(1)
+            word = (
+                words[rng.integers(len(words))]
+                if kind == 0
+                else rng.choice(list(b"0123456789.-ABC"), 1).astype(np.uint8).tobytes()
+            )
             if kind < 3:
                 data[place : place + len(word)] = word
             elif kind == 3:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .drawing import number
 from .series import Curve, Figure, Panel
 
 if TYPE_CHECKING:
@@ -59,12 +60,17 @@ def write_plots(figures: Sequence[Figure], kernels: Sequence[str], folder: Path)
 
 
 def _draw(axis: Axes, panel: Panel, styles: Mapping[str, int]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     for curve in panel.curves:
         axis.errorbar(*_values(curve), label=curve.label, capsize=2, **_look(styles[curve.name]))
     axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label, xscale="log", yscale="log")
     lengths = sorted({point[0] for curve in panel.curves for point in curve.points})
     axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     axis.grid(True, which="major", alpha=0.3)
     axis.legend(fontsize=8)
 

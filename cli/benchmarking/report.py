@@ -241,7 +241,7 @@ def _not_measured(rows: Sequence[Row]) -> tuple[str, str]:
         ]
         for problem in found
     ]
-    head = ["what", "kernel", "", "why", "where"]
+    head = ["what", "kernel", "status", "why", "where"]
     return _section("Not measured", _table("What has no time, and why", head, lines, (), "sortable"))
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ..errors import BadInput
 from .claims import holder, waiting_for
 from .configuration import read_config
+from .unfolding import refuse_bombs
 from .whole_files import flush_to_disk
 
 if TYPE_CHECKING:
@@ -267,7 +268,10 @@ def _pickled_config(source: Path, content: Mapping[str, object]) -> DictConfig:
         saved = plain(content.get("hyper_parameters"))
         config = saved.get("cfg", saved) if isinstance(saved, dict) else None
         if isinstance(config, dict) and config:
+            refuse_bombs(config, str(source))
             return OmegaConf.create(config)
+    except BadInput:
+        raise
     except (UnpicklingError, OmegaConfBaseException, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(f"{source}: the config saved in it cannot be used ({reason}).", hint) from error

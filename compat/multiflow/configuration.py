@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ...configs.options import MOST_CHANNELS, MOST_LAYERS
 from ..errors import BadInput
+from .unfolding import refuse_bombs
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-_MOST_CONFIG_BYTES = 1 << 22
+_MOST_CONFIG_BYTES = 1 << 18  # published ones have some 6,000; reading YAML takes a second for each 100,000
 _MOST_CONFIG_NODES = 100_000
 _MOST_ERRORS_SHOWN = 12
 
@@ -28,18 +30,18 @@ class Section(BaseModel):
     """A section of Multiflow's config: attribute access, checked types, frozen, unknown keys kept."""
 
     # Strict: "8" or true where a number belongs is a mistake in the file, not a number. An int does for a float.
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, protected_namespaces=(), allow_inf_nan=False)
 
 
-Width = Field(gt=0)
+Width = Field(gt=0, le=MOST_CHANNELS)
 
 
 class NodeFeaturesConfig(Section):
     """`model.node_features`: the embedding of residues."""
 
     c_s: int = Width
-    c_pos_emb: int = Field(default=128, gt=0)
-    c_timestep_emb: int = Field(default=128, gt=0)
+    c_pos_emb: int = Field(default=128, gt=0, le=MOST_CHANNELS)
+    c_timestep_emb: int = Field(default=128, gt=0, le=MOST_CHANNELS)
     max_num_res: int = 2000
     timestep_int: int = 1000
     embed_chain: bool = False
@@ -55,8 +57,8 @@ class EdgeFeaturesConfig(Section):
     c_s: int = Width
     c_p: int = Width
     relpos_k: int = 64
-    feat_dim: int = Field(default=64, gt=0)
-    num_bins: int = Field(default=22, gt=1)
+    feat_dim: int = Field(default=64, gt=0, le=MOST_CHANNELS)
+    num_bins: int = Field(default=22, gt=1, le=MOST_CHANNELS)
     self_condition: bool = True
     embed_chain: bool = False
     embed_diffuse_mask: bool = True
@@ -67,13 +69,13 @@ class IPAConfig(Section):
 
     c_s: int = Width
     c_z: int = Width
-    c_hidden: int = Field(default=16, gt=0)
-    no_heads: int = Field(default=8, gt=0)
-    no_qk_points: int = Field(default=8, gt=0)
-    no_v_points: int = Field(default=12, gt=0)
-    seq_tfmr_num_heads: int = Field(default=4, gt=0)
-    seq_tfmr_num_layers: int = Field(default=4, gt=0)
-    num_blocks: int = Field(default=8, gt=0)
+    c_hidden: int = Field(default=16, gt=0, le=MOST_CHANNELS)
+    no_heads: int = Field(default=8, gt=0, le=MOST_CHANNELS)
+    no_qk_points: int = Field(default=8, gt=0, le=MOST_CHANNELS)
+    no_v_points: int = Field(default=12, gt=0, le=MOST_CHANNELS)
+    seq_tfmr_num_heads: int = Field(default=4, gt=0, le=MOST_CHANNELS)
+    seq_tfmr_num_layers: int = Field(default=4, gt=0, le=MOST_LAYERS)
+    num_blocks: int = Field(default=8, gt=0, le=MOST_LAYERS)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
 
 
@@ -84,12 +86,12 @@ class ModelConfig(Section):
     a section leaves them out, and must equal it where it does not.
     """
 
-    node_embed_size: int = Field(default=256, gt=0)
-    edge_embed_size: int = Field(default=128, gt=0)
+    node_embed_size: int = Field(default=256, gt=0, le=MOST_CHANNELS)
+    edge_embed_size: int = Field(default=128, gt=0, le=MOST_CHANNELS)
     symmetric: bool = False
     aatype_pred: bool = True
     transformer_dropout: float = Field(default=0.2, ge=0.0, lt=1.0)
-    aatype_pred_num_tokens: int = Field(default=21, gt=0)
+    aatype_pred_num_tokens: int = Field(default=21, gt=0, le=MOST_CHANNELS)
     node_features: NodeFeaturesConfig
     edge_features: EdgeFeaturesConfig
     ipa: IPAConfig
@@ -178,7 +180,7 @@ class AatypesConfig(Section):
 class SamplingConfig(Section):
     """`interpolant.sampling`."""
 
-    num_timesteps: int = Field(default=100, gt=0)
+    num_timesteps: int = Field(default=100, gt=0, le=1_000_000)
     do_sde: bool = False
 
 
@@ -221,13 +223,16 @@ def read_config(path: Path) -> DictConfig:
         _count_nodes(path, tree, [0], 0)
         # OmegaConf makes a config even of a single word.
         config = OmegaConf.load(io.StringIO(text)) if isinstance(tree, yaml.MappingNode) else None
+    except BadInput:
+        raise
     except FileNotFoundError as error:
         raise BadInput(f"{path}: there is no such file.", "put the checkpoint's config.yaml beside it.") from error
     except yaml.MarkedYAMLError as error:
         where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = error.problem or error.context
         raise BadInput(f"{path}: not valid YAML{where}: {problem}.", "correct the file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, OverflowError, AttributeError) as error:
+        # PyYAML's constructors raise whatever int(), float() and datetime() do.
         raise BadInput(f"{path}: not valid YAML ({_first_line(error)}).", "correct the file.") from error
     except OmegaConfBaseException as error:
         raise BadInput(f"{path}: not a valid config ({_first_line(error)}).", "correct the file.") from error
@@ -235,6 +240,7 @@ def read_config(path: Path) -> DictConfig:
         raise BadInput(f"{path}: cannot be read as a config ({error.strerror or error}).") from error
     if not isinstance(config, DictConfig) or not config:
         raise BadInput(f"{path}: no config in it: it should hold sections such as `model:`.")
+    refuse_bombs(OmegaConf.to_container(config), str(path))
     return config
 
 

@@ -18,6 +18,7 @@ from .checkpoint import Checkpoint, mismatch_report, read_checkpoint
 from .configuration import model_section
 from .extras import PARTS
 from .model import FlowModel
+from .model_size import refuse_oversize
 
 
 def load(
@@ -54,7 +55,9 @@ def build(
     command_line: Iterable[str] = (),
 ) -> FlowModel:
     """As `load`, from a checkpoint that has been read."""
-    model = FlowModel(model_section(checkpoint.config, checkpoint.source), options_of(checkpoint))
+    config, options = model_section(checkpoint.config, checkpoint.source), options_of(checkpoint)
+    refuse_oversize(config, options, str(checkpoint.source))
+    model = FlowModel(config, options)
     _load_weights(model, checkpoint)
     model.to(_device(device))
     model.config = checkpoint.config
