@@ -277,6 +277,8 @@ def test_each_subject_gets_its_share_of_the_budget():
     clock = [0.0]
     other = {"kind": "operation", "name": "edge_features"}
     _, rows = told_run(Told(clock), clock, subjects=(ATTENTION, other), budget=12.0)
+    used_up = {"", "its share of the 0 s (--budget) was used up"}  # the first point is begun
+    assert {row.why for row in told_run(Told(clock), clock, budget=1e-9)[1]} == used_up
     measured = {(row.subject, row.length) for row in rows if row.status == "measured"}
     assert measured == {("attention", 16), ("attention", 32), ("edge_features", 16), ("edge_features", 32)}
 

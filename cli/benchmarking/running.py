@@ -129,7 +129,7 @@ class Run:
             left = None if until is None else until - self.seconds
             # A guess by the trial decides nothing: the worker calls a kernel twice, and then knows.
             if left is not None and able and (left <= 0 or (known.has_seen(point) and guess > left)):
-                yield self._no_time(known, sides, point, guess)
+                yield self._no_time(known, sides, point, guess, left)
                 continue
             began = self.seconds
             unable = [side for side in sides if known.why.get(side)]
@@ -208,9 +208,13 @@ class Run:
             worker.close()
         return None if found is None else float(found)
 
-    def _no_time(self, known: Known, sides: list[str], point: Mapping[str, Any], guess: float) -> list[Row]:
+    def _no_time(
+        self, known: Known, sides: list[str], point: Mapping[str, Any], guess: float, left: float
+    ) -> list[Row]:
         self._out_of_time()
-        words = self._too_long(guess)
+        words = (
+            self._too_long(guess) if left > 0 else f"its share of the {self.plan.budget:.0f} s (--budget) was used up"
+        )
         found = {side: {"status": NO_TIME, "why": words} for side in sides if not known.why.get(side)}
         found |= {side: {"status": UNAVAILABLE, "why": known.why[side]} for side in sides if known.why.get(side)}
         self._done += guess
