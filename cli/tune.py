@@ -207,7 +207,7 @@ def _jobs(
             if known.name == required if required else _has_tiles(known):
                 for word in precisions:
                     request = _request(subject, word, device, backward)
-                    why = reasons_against(known, request) if _has_tiles(known) else [_without_tiles(known)]
+                    why = list(reasons_against(known, request)) if _has_tiles(known) else [_without_tiles(known)]
                     yield subject, known.name, word, why
 
 

@@ -238,7 +238,7 @@ class _Measuring:
 
 
 def _fields(tile: Any) -> dict[str, Any]:
-    return dict(tile._asdict()) if hasattr(tile, "_asdict") else dict(enumerate(tile))
+    return dict(tile._asdict()) if hasattr(tile, "_asdict") else {str(i): value for i, value in enumerate(tile)}
 
 
 def _words(tile: Any) -> str:

@@ -62,7 +62,8 @@ def trainer_options(experiment: ExperimentConfig, device: str | None, steps: int
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started the processes: how many is settled
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         options |= {"devices": here, "num_nodes": int(os.environ["WORLD_SIZE"]) // here}
-    if options["devices"] == 1 and int(options.get("num_nodes", 1)) == 1:
+    one = options["devices"] == 1 or isinstance(options["devices"], list)  # a list is the one that `cuda:1` names
+    if one and int(options.get("num_nodes", 1)) == 1:
         options.pop("strategy", None)  # the original's config says ddp, which a single process can do without
     else:
         options.setdefault("strategy", "ddp")
