@@ -237,6 +237,24 @@ def test_commands_at_once_in_one_folder(tmp_path: Path, alone: dict[str, bytes])
     assert sum(model.calls for model in models) <= 3 * (3 + 3 + 4 + 4)
 
 
+def test_a_sample_that_was_finished_just_before_it_was_claimed(
+    tmp_path: Path, alone: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = Claim.take
+
+    def late(place: Path) -> Claim | None:
+        if place == tmp_path / "length_6" / "sample_0":
+            monkeypatch.setattr(Claim, "take", take)
+            run_sampling(BatchSensitive(), CONFIG, tmp_path, **ASKED)  # another command comes and goes
+        return take(place)
+
+    monkeypatch.setattr(Claim, "take", late)
+    model = BatchSensitive()
+    run_sampling(model, CONFIG, tmp_path, **ASKED)
+    assert model.calls == 0
+    assert contents(tmp_path) == alone
+
+
 def test_a_lone_process_says_for_whom_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing, "_PATIENCE", 0.2)
     (tmp_path / "length_6").mkdir()
