@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-timing", action="store_true", help="sample only")
     options = parser.parse_args(argv)
 
-    print(f"1. Two samples of {LENGTH} residues, kernel: flash. The model is a demonstration: it has seen four proteins.")
+    print(f"1. Two samples of {LENGTH} residues, kernel: flash. A demonstration: the model has seen four proteins.")
     pdbs, kernels = sample(options.out, LENGTH, 2, options.timesteps, options.device)
     for path in pdbs:
         print(f"   written: {path} ({bonded(path):.0%} of its CA atoms {BOND} +- {TOLERANCE} A from the next)")

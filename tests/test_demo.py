@@ -18,7 +18,7 @@ def demo(root):
 def test_it_samples_and_draws(demo, tmp_path, capsys):
     assert demo.main(["--no-timing", "--timesteps", "3", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "it has seen four proteins" in said and "invariant_point_attention: torch" in said
+    assert "the model has seen four proteins" in said and "invariant_point_attention: torch" in said
     for index in (0, 1):
         assert (tmp_path / "length_48" / f"sample_{index}" / "sample.pdb").is_file()
     if importlib.util.find_spec("matplotlib"):
