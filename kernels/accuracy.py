@@ -293,13 +293,14 @@ def error(got: Tensor, truth: Tensor) -> float:
     """
     if got.shape != truth.shape:
         raise ContractBroken(f"a result is {list(got.shape)}; the reference gives {list(truth.shape)}")
-    return float((got.double().cpu() - truth.double().cpu()).abs().max()) if got.numel() else 0.0
+    # To the CPU first: MPS has no float64.
+    return float((got.cpu().double() - truth.cpu().double()).abs().max()) if got.numel() else 0.0
 
 
 def relative(got: Tensor, truth: Tensor) -> float:
     """The norm of the error, as a part of the truth's norm."""
-    truth = truth.double()
-    return float((got.double().to(truth.device) - truth).norm() / truth.norm())
+    truth = truth.cpu().double()  # to the CPU first: MPS has no float64
+    return float((got.cpu().double() - truth).norm() / truth.norm())
 
 
 def exceeds(kernel: str, dtype: torch.dtype, device: str) -> float:

@@ -115,10 +115,14 @@ class Collect(TorchDispatchMode):
         if self.elsewhere():
             self.on_the_cpu.add(name)
             return out
-        self.operators.add(name)
-        if any(isinstance(x, Tensor) and x.dtype is torch.float64 for x in tree_leaves((args, kwargs, out))):
-            self.wide.add(name)
+        self.record(name, (args, kwargs), out)
         return out
+
+    def record(self, name: str, given: Any, out: Any) -> None:
+        """Note an operator that ran."""
+        self.operators.add(name)
+        if any(isinstance(x, Tensor) and x.dtype is torch.float64 for x in tree_leaves((given, out))):
+            self.wide.add(name)
 
     def missing(self) -> list[str]:
         """Operators without an MPS kernel, unknown ones among them."""
@@ -135,12 +139,12 @@ class Collect(TorchDispatchMode):
 
 
 @contextmanager
-def collected(elsewhere: Callable[[], bool] = lambda: False) -> Iterator[Collect]:
+def collected(elsewhere: Callable[[], bool] = lambda: False, collect: Collect | None = None) -> Iterator[Collect]:
     """Run as a Mac would, and fail if a Mac could not."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), Collect(elsewhere) as found:
+        with sdpa_kernel(SDPBackend.MATH), collect or Collect(elsewhere) as found:
             yield found
     finally:
         torch.backends.mha.set_fastpath_enabled(before)

@@ -203,7 +203,7 @@ class ModelSubject:
 
     def _truth_and_plain(self, point: Point) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         where = "cpu" if point.device == "mps" else point.device
-        exact = copy.deepcopy(self._side(self.first, point.device)).double().to(where)
+        exact = copy.deepcopy(self._side(self.first, point.device)).to(where).double()  # MPS has no float64
         inputs = self._moved(self.inputs(point.length, point.seed, True), where, torch.float64)
         truth = self._results(exact, inputs, point, nullcontext)
         return truth, self._got(self.first, point)
