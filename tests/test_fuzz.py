@@ -139,7 +139,6 @@ def judge(answer: dict[str, dict[str, Any]], count: int) -> None:
         assert found["refused"] > count // 20, f"{name}: hardly anything was damaged"
 
 
-@pytest.mark.slow
 def test_damaged_files(tmp_path: Path) -> None:
     answer = fuzz(tmp_path, list(READERS), FEW, 0)
     judge(answer, FEW)
