@@ -202,8 +202,16 @@ def load(
     from .multiflow.checkpoint import mismatch_report, read_checkpoint
 
     checkpoint = read_checkpoint(path)
-    model = FlowModel(_model_section(checkpoint))
-    wanted, found = model.state_dict(), checkpoint.state_dict
+    config = _config_of(checkpoint)
+    with torch.device("meta"):  # no memory is taken before the sizes are known to be those of the weights
+        try:
+            wanted = FlowModel(config).state_dict()
+        except (RuntimeError, TypeError, ValueError, ArithmeticError, AssertionError) as error:
+            raise BadInput(
+                f"{checkpoint.source}: the config describes no model that can be made ({str(error)[:200]})",
+                "correct its sizes.",
+            ) from error
+    found = checkpoint.state_dict
     report = mismatch_report(
         [name for name in wanted if name not in found],
         [name for name in found if name not in wanted],
@@ -219,6 +227,7 @@ def load(
             "use the config.yaml that was written with these weights; `use_flashipa` and `mode` must be those of the "
             "training.",
         )
+    model = FlowModel(config)
     model.load_state_dict(found, strict=True)
     model.to(device or "cpu")
     model.kernels = bind(model, kernel, command_line=command_line)
@@ -236,6 +245,23 @@ def _model_section(checkpoint: Checkpoint) -> Any:
     if section is None:
         raise BadInput(f"{checkpoint.source}: the config has no section `model:`.")
     return section
+
+
+def _config_of(checkpoint: Checkpoint) -> ModelConfig:
+    """The checked section of a checkpoint, whose messages name the file; and not of more layers than it has weights."""
+    try:
+        config = as_model_config(_model_section(checkpoint))
+    except BadInput as error:
+        source = str(checkpoint.source)
+        message = error.message if source in error.message else f"{source}: {error.message}"
+        raise BadInput(message, error.hint) from error
+    layers = config.ipa.num_blocks * (1 + max(0, config.ipa.seq_tfmr_num_layers))
+    if layers > len(checkpoint.state_dict):
+        raise BadInput(
+            f"{checkpoint.source}: its weights do not fit the model that its config describes: {layers:,} layers",
+            "correct the config's numbers of layers.",
+        )
+    return config
 
 
 def _plain(section: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from foldkernels.compat.multiflow.checkpoint import read_checkpoint, write_safetensors
 from foldkernels.modules.pairformer import PairformerModule
@@ -31,7 +31,7 @@ from .test_unpickling import child_environment
 GOLDENS = Path(__file__).parent / "goldens"
 SMALL = GOLDENS / "multiflow" / "small"
 SCRIPT = Path(__file__).parent / "support" / "fuzzing.py"
-FEW, MANY = 40, 1500
+FEW, MANY = 30, 1500
 
 
 def _config() -> Any:
@@ -103,6 +103,49 @@ def _structure(folder: Path) -> None:
     (folder / "a.pdb").write_text("\n".join([*lines[:2], *atoms, "TER", "END"]))
 
 
+def _results(folder: Path) -> None:
+    """What `foldkernels bench` writes, of a few kernels."""
+    from foldkernels.cli.benchmarking.rows import Results, Row, write_json
+
+    machine = {"cpu": "x", "isa": "avx2", "threads": 2, "torch": "2.9"}
+    rows = [
+        Row("operation", "attention", kernel, mode, 64, "float32", "cpu", "measured", runs=("attention: torch",),
+            sizes={"h": 4, "d": 8}, ms=ms, low_ms=0.9 * ms, high_ms=1.1 * ms, fastest_ms=0.8 * ms, rounds=7, calls=3,
+            baseline="reference", ratio=2 / ms, ratio_low=1.9 / ms, ratio_high=2.1 / ms, memory_mb=8.0, error=1e-7,
+            plain_error=1e-7, allowed_error=1e-6, machine=machine, versions={"torch": "2.9"})
+        for kernel, ms in (("reference", 2.0), ("torch", 1.0))
+        for mode in ("forward", "forward+backward")
+    ]  # fmt: skip
+    lost = Row("operation", "attention", "triton", "forward", 64, "float32", "cpu", "unavailable", why="no GPU")
+    path = folder / "rows.json"
+    write_json(Results((*rows, lost), "foldkernels bench", "2026-01-01T00:00:00Z", 12.5), path)
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=1))  # a line for each value
+
+
+def _verified(folder: Path) -> None:
+    shutil.copy(SMALL / "config.yaml", folder / "plain.yaml")
+
+
+def _rna(folder: Path) -> None:
+    """RNA-FrameFlow's config beside its weights."""
+    from safetensors import safe_open
+
+    golden = GOLDENS / "rna_frameflow" / "flash_1d_bias.safetensors"
+    with safe_open(golden, "pt") as file:
+        section = json.loads(file.metadata()["cfg"])
+    weights = {f"model.{name[2:]}": value for name, value in load_file(golden).items() if name.startswith("w.")}
+    torch.save({"state_dict": weights}, folder.parent / "last.ckpt")
+    section["edge_features"]["c_s"] = "${model.node_embed_size}"
+    OmegaConf.save(OmegaConf.create({"model": section}), folder / "config.yaml")
+
+
+def _structure_cache(folder: Path) -> None:
+    from foldkernels.compat.multiflow.dataset import parsed
+
+    _structure(folder.parent)
+    (folder / "a.safetensors").write_bytes(parsed._to_bytes(parsed.parse(folder.parent / "a.pdb")))
+
+
 READERS: dict[str, Callable[[Path], None]] = {
     "torch": _lightning,
     "multiflow": _lightning,
@@ -113,6 +156,10 @@ READERS: dict[str, Callable[[Path], None]] = {
     "esm": _esm,
     "esm-config": _esm_config,
     "structure": _structure,
+    "structure-cache": _structure_cache,
+    "results": _results,
+    "verify": _verified,
+    "rna": _rna,
 }
 
 
@@ -139,7 +186,6 @@ def judge(answer: dict[str, dict[str, Any]], count: int) -> None:
         assert found["refused"] > count // 20, f"{name}: hardly anything was damaged"
 
 
-@pytest.mark.slow
 def test_damaged_files(tmp_path: Path) -> None:
     answer = fuzz(tmp_path, list(READERS), FEW, 0)
     judge(answer, FEW)

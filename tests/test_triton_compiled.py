@@ -1,6 +1,6 @@
 """Triton kernels under `torch.compile(fullgraph=True)` and bfloat16 autocast, interpreted.
 
-IPA's is in its own file. The attention with a dense bias, whose interpreted backward takes minutes, is not among them.
+IPA's is in its own file.
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,13 @@ NARROW, WIDE = "torch.bfloat16", "torch.float32"
 OUTPUTS = {
     "edge_transition": [NARROW],
     "factorized_point_attention": [NARROW, WIDE, NARROW],
+    "triangle_attention": [NARROW],
+    "attention_pair_bias": [NARROW],
 }
-PLAIN: dict[str, Any] = {"operation": "", "autocast": False}
+#: A program a head and row: the interpreter, which runs one after another, takes minutes over ten rows of three heads.
+FEW: dict[str, Any] = {"lengths": [3, 6, 4], "sizes": {"h": 1, "d": 5, "cz": 13}}
+CASES = {"triangle_attention": FEW, "attention_pair_bias": FEW}
+PLAIN: dict[str, Any] = {"operation": "", "autocast": False, "lengths": [9, 19, 11], "sizes": None}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,7 @@ def test_whole_graphs(ask, operation, autocast):
 
     float32 inputs: under autocast each operation rounds them itself, once, and its outputs say so.
     """
-    found = ask(operation=operation, autocast=autocast)
+    found = ask(operation=operation, autocast=autocast, **CASES.get(operation, {}))
     assert found["graphs"] <= 2
     assert found["types"] == (OUTPUTS[operation] if autocast else [WIDE] * len(OUTPUTS[operation]))
     assert found["ran"] == [f"{operation}: triton"]

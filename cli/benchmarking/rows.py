@@ -188,12 +188,13 @@ def read(path: Path) -> Results:
         rows = tuple(_row(row) for row in data["rows"])
         words = {name: str(data.get(name, "")) for name in ("command", "started", "stopped")}
         return Results(rows, seconds=float(data.get("seconds", 0.0)), **words)
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise BadInput(f"{path}: its rows are damaged ({type(error).__name__}: {error})") from None
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+        raise BadInput(f"{path}: its rows are damaged ({type(error).__name__}: {str(error)[:200]})") from None
 
 
 _TEXT = ("kind", "subject", "kernel", "mode", "dtype", "device", "status")
-_NUMBERS = ("ms", "low_ms", "high_ms", "fastest_ms", "ratio", "ratio_low", "ratio_high", "memory_mb", "error")
+_NUMBERS = ("ms", "low_ms", "high_ms", "fastest_ms", "ratio", "ratio_low", "ratio_high", "memory_mb", "error",
+            "plain_error", "allowed_error")  # fmt: skip
 
 
 def _row(data: Mapping[str, Any]) -> Row:
@@ -209,6 +210,8 @@ def _row(data: Mapping[str, Any]) -> Row:
         value = getattr(row, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise TypeError(f"{name} is no number")
+        if value is not None:
+            float(value)  # a whole number may be larger than any time
     if isinstance(row.length, bool) or not isinstance(row.length, int) or row.length < 1:
         raise TypeError(f"the length is {row.length!r}")
     if row.status not in STATUSES:
@@ -217,4 +220,6 @@ def _row(data: Mapping[str, Any]) -> Row:
         raise ValueError(f"{row} is measured, and has no time")
     if not (isinstance(row.machine, dict) and isinstance(row.sizes, dict) and isinstance(row.versions, dict)):
         raise TypeError("machine, sizes and versions must be mappings")
+    if any(isinstance(size, list | dict) for size in row.sizes.values()):
+        raise TypeError("a size is no number")
     return row

@@ -1,8 +1,8 @@
 """Compiles calls of Triton kernels as whole graphs, in Triton's interpreter on a CPU. Started as a script.
 
-Reads one JSON object a line: an operation, whether under autocast. Answers with one a line: the largest difference from
-the eager call, of outputs and gradients, as a part of the largest value; how many graphs; the outputs' types; or
-`raised`.
+Reads one JSON object a line: an operation, its lengths, its sizes (null: the small ones), whether under autocast.
+Answers with one a line: the largest difference from the eager call, of outputs and gradients, as a part of the largest
+value; how many graphs; the outputs' types; or `raised`.
 """
 
 import dataclasses
@@ -21,8 +21,6 @@ from foldkernels.kernels import registry
 from foldkernels.kernels.accuracy import required
 from foldkernels.kernels.examples.builders import SMALL, make
 from foldkernels.kernels.examples.case import Case
-
-LENGTHS = (9, 19, 11)
 
 
 def allow_the_cpu(operation: str) -> None:
@@ -43,7 +41,8 @@ def leaves(case: Case) -> tuple[dict[str, Any], list[torch.Tensor]]:
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
-    operation = asked["operation"]
+    operation, lengths = asked["operation"], asked["lengths"]
+    sizes = SMALL if asked["sizes"] is None else asked["sizes"]
     allow_the_cpu(operation)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -53,10 +52,10 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=asked["autocast"]),
         registry.record_kernels() as ran,
     ):
-        call = make(operation, LENGTHS[0], sizes=SMALL, masked=True).call
+        call = make(operation, lengths[0], sizes=sizes, masked=True).call
         compiled = torch.compile(lambda x: call(x, config), fullgraph=True, backend=counter)
-        for n in LENGTHS:
-            case = make(operation, n, sizes=SMALL, masked=True)
+        for n in lengths:
+            case = make(operation, n, sizes=sizes, masked=True)
             results = []
             for run in (lambda x: call(x, config), compiled):
                 x, wanted = leaves(case)

@@ -9,6 +9,7 @@ what is in a file, or raises `BadInput` whose message names the file.
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import random
@@ -249,6 +250,18 @@ def _reader(name: str, folder: Path) -> tuple[Callable[[Path], object], list[Dam
         from foldkernels.compat.multiflow.structures import read_structure
 
         return read_structure, [damaged, damaged_text]
+    if name == "results":
+        return _compared, [damaged_text, damaged]
+    if name == "verify":
+        from foldkernels.cli.verify import _multiflow
+
+        return _multiflow, [damaged_text]
+    if name == "rna":
+        from foldkernels.compat import rna_frameflow
+
+        return _with_config(rna_frameflow.load, folder), [damaged_text]
+    if name == "structure-cache":
+        return _kept(next((folder / "whole").iterdir())), [damaged_safetensors, damaged]
     raise SystemExit(f"no reader {name!r}")
 
 
@@ -268,6 +281,44 @@ def _in_a_folder(load: Callable[[Path], object]) -> Callable[[Path], object]:
     def read(path: Path) -> object:
         (path.parent / "config.json").write_bytes(path.read_bytes())
         return load(path.parent)
+
+    return read
+
+
+def _compared(path: Path) -> object:
+    """What `bench --compare` tells of a file and its whole self; files that it cannot compare are refused as well."""
+    import dataclasses
+
+    from foldkernels.cli.benchmarking.comparison import as_dict, as_text, compare_results
+    from foldkernels.cli.benchmarking.rows import read
+    from foldkernels.compat.errors import BadInput
+
+    found = read(path)
+    whole = read(next((path.parent / "whole").iterdir()))
+    for old, new in ((whole, found), (found, whole), (found, dataclasses.replace(found))):
+        try:
+            for beside_baseline in (False, True):
+                told = compare_results(old, new, beside_baseline=beside_baseline)
+                json.dumps([as_text(told), as_dict(told)])
+        except BadInput as error:  # of two files: it need not name them
+            raise BadInput(f"{path}: {error}") from error
+    return found
+
+
+def _kept(whole: Path) -> Callable[[Path], object]:
+    """An entry of the structures' cache: what it holds, or nothing; never anything else."""
+    from foldkernels.compat.errors import BadInput
+    from foldkernels.compat.multiflow.dataset import parsed
+
+    expected = parsed._load(whole)
+    assert expected is not None
+
+    def read(path: Path) -> object:
+        found = parsed._load(path)
+        if found is None:  # the structure itself is read then
+            raise BadInput(f"{path}: of no use")
+        assert parsed._to_bytes(found) == parsed._to_bytes(expected), "it holds something else"
+        return found
 
     return read
 
@@ -308,7 +359,9 @@ def main(count: int, seed: int, jobs: dict[str, Path]) -> dict[str, Any]:
         made[name] = folder, read, damages, whole
         for path in whole if count else sorted((folder / "good").iterdir()):  # imports what is imported lazily
             read(Path(shutil.copy(path, folder / f"damaged{path.suffix}")))
-    "".encode("cp437")  # what zipfile reads names with
+    for codec in ("cp437", "raw_unicode_escape"):  # what zipfile and old pickles read names with
+        "".encode(codec)
+    importlib.import_module("omegaconf.vendor.antlr4.LL1Analyzer")  # what omegaconf words some errors with
     deeds: list[str] = []
     sys.addaudithook(_watched(deeds))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

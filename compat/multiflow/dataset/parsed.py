@@ -26,7 +26,7 @@ from ..residues import MASK, types_from_sequence
 from ..whole_files import write_whole
 
 #: Part of every key of the cache: raised whenever what is kept of a file, or how it is read, changes.
-PARSER_VERSION = 1
+PARSER_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,17 +190,21 @@ def _to_bytes(parsed: ParsedFile) -> bytes:
         arrays[name] = np.concatenate(values) if values else np.zeros(0, dtype=np.float32)
     # safetensors wants arrays that lie in memory as they are read.
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    about = {
-        "checksum": _checksum(arrays),
-        "chains": [(chain.name, chain.num_res) for chain in parsed.chains],
-        "resolution": parsed.resolution,
-        "unusable": parsed.unusable,
-    }
-    return save(arrays, {"about": json.dumps(about)})
+    about = json.dumps(
+        {
+            "chains": [(chain.name, chain.num_res) for chain in parsed.chains],
+            "resolution": parsed.resolution,
+            "unusable": parsed.unusable,
+        }
+    )
+    # One entry: several are written in an order that changes.
+    return save(arrays, {"about": f"{_checksum(about, arrays)} {about}"})
 
 
-def _checksum(arrays: Mapping[str, NDArray[Any]]) -> int:
-    checksum = 0
+def _checksum(about: str, arrays: Mapping[str, NDArray[Any]]) -> int:
+    """Of everything that is kept: a changed letter of a chain's name, or another type of number, counts as well."""
+    forms = [(name, str(arrays[name].dtype), arrays[name].shape) for name in _ARRAYS]
+    checksum = zlib.crc32(f"{about}{forms}".encode("utf-8", "surrogatepass"))
     for name in _ARRAYS:
         checksum = zlib.crc32(arrays[name].tobytes(), checksum)
     return checksum
@@ -213,11 +217,12 @@ def _load(entry: Path) -> ParsedFile | None:
         if not os.path.getsize(entry):
             return None
         with safe_open(entry, "numpy") as file:
-            about = json.loads((file.metadata() or {})["about"])
+            checksum, _, text = (file.metadata() or {})["about"].partition(" ")
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-        stops = np.cumsum([num_res for _, num_res in about["chains"]]).tolist()
-        if about["checksum"] != _checksum(arrays):
+        if checksum != str(_checksum(text, arrays)):
             return None
+        about = json.loads(text)
+        stops = np.cumsum([num_res for _, num_res in about["chains"]]).tolist()
         chains = []
         for (name, num_res), stop in zip(about["chains"], stops, strict=True):
             chains.append(ParsedChain(name, **{key: array[stop - num_res : stop] for key, array in arrays.items()}))
