@@ -42,6 +42,8 @@ class Run:
         length: Residues of a crop.
         batch: Proteins of a batch.
         seed: What the weights, the data's order and the noise follow from.
+        nudge: By how much of itself every first weight is changed, up or down at random: what rounding alone does to a
+            curve is seen beside a kernel's.
         threads: PyTorch's.
     """
 
@@ -52,6 +54,7 @@ class Run:
     length: int = 48
     batch: int = BATCH
     seed: int = 1
+    nudge: float = 0.0
     threads: int = 1
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -140,6 +143,9 @@ def make(run: Run) -> nn.Module:
     torch.manual_seed(run.seed)
     section = settings().model
     model = FactorizedFlowModel(section, run.rank) if run.rank else FlowModel(section)
+    with torch.no_grad():
+        for parameter in model.parameters() if run.nudge else ():
+            parameter.mul_(1 + run.nudge * torch.empty_like(parameter).bernoulli_().mul_(2).sub_(1))
     # `deterministic`: no kernel whose own sums differ from run to run could blur what is compared.
     foldkernels.bind(model, {"preset": run.kernel, "deterministic": True})
     return model.train()
@@ -201,10 +207,10 @@ class Training:
         return {name: float(value.detach().mean()) for name, value in found.items()}
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """The mean of each loss over batches whose crops and noise no run has trained on, the same for all runs."""
+    def evaluate(self, number: int = EVALUATION_BATCHES) -> dict[str, float]:
+        """The mean of each loss over crops of the same proteins that are drawn apart, for all runs the same."""
         batches = noisy_batches(self.run, EVALUATION_SEED)
-        found = [self._losses(*next(batches)) for _ in range(EVALUATION_BATCHES)]
+        found = [self._losses(*next(batches)) for _ in range(number)]
         return {name: float(torch.cat([each[name] for each in found]).mean()) for name in found[0]}
 
     def _losses(self, batch: Mapping[str, Tensor], guess_first: bool) -> dict[str, Tensor]:
