@@ -100,7 +100,7 @@ def load_pairformer(
 
     from ..kernels.binding import bind
     from ..modules.pairformer import PairformerModule, PairformerNoSeqModule
-    from .multiflow.checkpoint import mismatch_report
+    from .multiflow.checkpoint import fit_report
 
     if isinstance(checkpoint, (str, Path)):
         checkpoint = read_checkpoint(checkpoint)
@@ -133,15 +133,7 @@ def load_pairformer(
     except ValueError as error:
         raise BadInput(f"{where}: its weights are no Pairformer's ({error}).") from error
     wanted = model.state_dict()
-    report = mismatch_report(
-        [name for name in wanted if name not in weights],
-        [name for name in weights if name not in wanted],
-        [
-            (name, wanted[name].shape, weights[name].shape)
-            for name in wanted
-            if name in weights and wanted[name].shape != weights[name].shape
-        ],
-    )
+    report = fit_report(wanted, weights)
     if report:
         raise BadInput(f"{where}: its weights do not fit a Pairformer of its sizes.\n{report}")
     model.to_empty(device="cpu")

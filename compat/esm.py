@@ -368,18 +368,10 @@ def _complete(weights: dict[str, Tensor], model: ESM2) -> None:
 def _check(weights: Mapping[str, Tensor], model: ESM2, source: str) -> None:
     import torch
 
-    from .multiflow.checkpoint import mismatch_report
+    from .multiflow.checkpoint import fit_report
 
     wanted = model.state_dict()
-    report = mismatch_report(
-        [name for name in wanted if name not in weights],
-        [name for name in weights if name not in wanted],
-        [
-            (name, wanted[name].shape, weights[name].shape)
-            for name in wanted
-            if name in weights and wanted[name].shape != weights[name].shape
-        ],
-    )
+    report = fit_report(wanted, weights)
     if report:
         raise BadInput(f"{source}: its weights do not fit an ESM-2 of its sizes.\n{report}")
     if not torch.equal(weights["lm_head.weight"], weights["embed_tokens.weight"]):

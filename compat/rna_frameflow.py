@@ -199,7 +199,7 @@ def load(
         BadInput: The checkpoint cannot be read, or its weights do not fit its config.
         KernelUnavailable: A required kernel cannot run here.
     """
-    from .multiflow.checkpoint import mismatch_report, read_checkpoint
+    from .multiflow.checkpoint import fit_report, read_checkpoint
 
     checkpoint = read_checkpoint(path)
     config = _config_of(checkpoint)
@@ -212,15 +212,7 @@ def load(
                 "correct its sizes.",
             ) from error
     found = checkpoint.state_dict
-    report = mismatch_report(
-        [name for name in wanted if name not in found],
-        [name for name in found if name not in wanted],
-        [
-            (name, wanted[name].shape, found[name].shape)
-            for name in wanted
-            if name in found and wanted[name].shape != found[name].shape
-        ],
-    )
+    report = fit_report(wanted, found)
     if report:
         raise BadInput(
             f"{checkpoint.source}: its weights do not fit the model that its config describes.\n{report}",

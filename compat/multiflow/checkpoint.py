@@ -200,6 +200,19 @@ def mismatch_report(
     return "\n".join(lines)
 
 
+def fit_report(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """`mismatch_report` of a model's state_dict and a checkpoint's; empty if names and shapes are the same."""
+    return mismatch_report(
+        [name for name in wanted if name not in found],
+        [name for name in found if name not in wanted],
+        [
+            (name, tensor.shape, found[name].shape)
+            for name, tensor in wanted.items()
+            if name in found and tensor.shape != found[name].shape
+        ],
+    )
+
+
 def _rename_both(aside: Path, folder: Path) -> None:
     """Moves the pair into place; if the weights' move fails, the config's is taken back.
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from ...configs.options import FoldkernelsConfig
 from ...kernels.binding import bind
 from ..errors import BadInput
-from .checkpoint import Checkpoint, mismatch_report, read_checkpoint
+from .checkpoint import Checkpoint, fit_report, mismatch_report, read_checkpoint
 from .configuration import model_section
 from .extras import PARTS
 from .model import FlowModel
@@ -85,15 +85,7 @@ def _load_weights(model: FlowModel, checkpoint: Checkpoint) -> None:
     for part in lacking:
         found |= {name: wanted[name] for name in _names(wanted, part)}
     model.fresh = tuple(lacking)
-    report = mismatch_report(
-        [name for name in wanted if name not in found],
-        [name for name in found if name not in wanted],
-        [
-            (name, wanted[name].shape, found[name].shape)
-            for name in wanted
-            if name in found and wanted[name].shape != found[name].shape
-        ],
-    )
+    report = fit_report(wanted, found)
     if report:
         raise BadInput(
             f"{checkpoint.source}: its weights do not fit the model that its config describes.\n{report}",

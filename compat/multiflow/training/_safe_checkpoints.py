@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import BadInput
 from ...torch_archive import read_torch_file
-from ..checkpoint import mismatch_report
+from ..checkpoint import fit_report
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -48,15 +48,7 @@ def check_fits(module: nn.Module, state_dict: dict[str, Tensor], source: Path) -
         BadInput: Names or shapes differ; the message lists them.
     """
     wanted = module.state_dict()
-    report = mismatch_report(
-        [name for name in wanted if name not in state_dict],
-        [name for name in state_dict if name not in wanted],
-        [
-            (name, wanted[name].shape, state_dict[name].shape)
-            for name in wanted
-            if name in state_dict and wanted[name].shape != state_dict[name].shape
-        ],
-    )
+    report = fit_report(wanted, state_dict)
     if report:
         raise BadInput(
             f"{source}: its weights do not fit the model that the config describes.\n{report}",
