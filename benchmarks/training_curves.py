@@ -177,10 +177,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", action="store_true", help="only draw what is there")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="the folder of the plots")
     parser.add_argument("--speed", type=Path, nargs="?", const=SPEED, help="time and memory of a step instead")
+    parser.add_argument("--lengths", type=int, nargs="+", default=SPEED_LENGTHS, help="with --speed: crops' residues")
     parser.add_argument("--pairs", type=int, default=7, help="interleaved pairs (7)")
     options = parser.parse_args(argv)
     if options.speed is not None:
-        speed(options.pairs, options.speed)
+        speed(options.pairs, options.speed, options.lengths)
         return 0
     wanted = [run for run in RUNS if any(fnmatch.fnmatch(run.name, pattern) for pattern in options.runs)]
     if not wanted:
