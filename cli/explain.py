@@ -79,15 +79,11 @@ def empty_model(path: Path) -> tuple[FlowModel, Any]:
     """The model of a config or a checkpoint, without its weights, and the file's `kernel:` section."""
     import torch
 
-    from ..compat.multiflow.checkpoint import Checkpoint
-    from ..compat.multiflow.configuration import model_section
-    from ..compat.multiflow.loading import options_of
-    from ..compat.multiflow.model import FlowModel
+    from ..compat.multiflow.loading import described
 
     config, source = read_model_config(path)
-    section = model_section(config, source)
     with torch.device("meta"):  # shapes are all that is needed
-        empty = FlowModel(section, options_of(Checkpoint({}, config, source)))
+        empty = described(config, source)
     return empty, _kernel_section(config, source)
 
 

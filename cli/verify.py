@@ -213,27 +213,14 @@ def _subjects(model: str | None, device: str) -> tuple[list[Subject], Path | Non
         return published_subjects(), None
     path = Path(model).expanduser()
     if path.exists() or ":" not in model or path.suffix in (".yaml", ".yml", ".ckpt", ".safetensors"):
-        found = _multiflow(path)
+        from .explain import empty_model
+
+        found: nn.Module = empty_model(path)[0]
         whole = None if path.suffix.lower() in (".yaml", ".yml") else path
     else:
         found, whole = _made(model), None
     uses = [(name, use) for name, module in users_of(found) for use in module.kernel_uses()]
     return subjects_of(uses), whole
-
-
-def _multiflow(path: Path) -> nn.Module:
-    """A checkpoint's or a config's model, without weights."""
-    import torch
-
-    from ..compat.multiflow.checkpoint import Checkpoint
-    from ..compat.multiflow.configuration import model_section
-    from ..compat.multiflow.loading import options_of
-    from ..compat.multiflow.model import FlowModel
-    from .explain import read_model_config
-
-    config, source = read_model_config(path)
-    with torch.device("meta"):
-        return FlowModel(model_section(config, source), options_of(Checkpoint({}, config, source)))
 
 
 def _made(address: str) -> nn.Module:

@@ -250,15 +250,12 @@ class MultiflowModel(ModelSubject):
     """
 
     def __init__(self, path: Path) -> None:
-        from ...compat.multiflow.checkpoint import Checkpoint
-        from ...compat.multiflow.configuration import model_section, read_config
-        from ...compat.multiflow.loading import load, options_of
-        from ...compat.multiflow.model import FlowModel
+        from ...compat.multiflow.configuration import read_config
+        from ...compat.multiflow.loading import described, load
 
         path = path.expanduser()
         if path.suffix.lower() in (".yaml", ".yml"):
-            config = read_config(path)
-            model = FlowModel(model_section(config, path), options_of(Checkpoint({}, config, path)))
+            model = described(read_config(path), path)
             draw_weights(model)
         else:
             model = load(path, kernel={"preset": "reference"})

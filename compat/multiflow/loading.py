@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
@@ -55,9 +55,7 @@ def build(
     command_line: Iterable[str] = (),
 ) -> FlowModel:
     """As `load`, from a checkpoint that has been read."""
-    config, options = model_section(checkpoint.config, checkpoint.source), options_of(checkpoint)
-    refuse_oversize(config, options, str(checkpoint.source))
-    model = FlowModel(config, options)
+    model = described(checkpoint.config, checkpoint.source)
     _load_weights(model, checkpoint)
     model.to(_device(device))
     model.config = checkpoint.config
@@ -120,6 +118,21 @@ def _section(checkpoint: Checkpoint, name: str) -> Any:
         reason = str(error).splitlines()[0].rstrip(".")
         raise BadInput(f"{checkpoint.source}: the config's section `{name}:` does not resolve ({reason}).") from error
     return section
+
+
+def described(config: DictConfig, source: Path) -> FlowModel:
+    """The model that a whole config describes, with first weights.
+
+    Args:
+        config: The config.
+        source: Where it is from, for messages.
+
+    Raises:
+        BadInput: A setting is wrong, or no memory holds such a model.
+    """
+    section, options = model_section(config, source), options_of(Checkpoint({}, config, source))
+    refuse_oversize(section, options, str(source))
+    return FlowModel(section, options)
 
 
 def options_of(checkpoint: Checkpoint) -> FoldkernelsConfig:

@@ -253,9 +253,9 @@ def _reader(name: str, folder: Path) -> tuple[Callable[[Path], object], list[Dam
     if name == "results":
         return _compared, [damaged_text, damaged]
     if name == "verify":
-        from foldkernels.cli.verify import _multiflow
+        from foldkernels.cli.explain import empty_model
 
-        return _multiflow, [damaged_text]
+        return empty_model, [damaged_text]
     if name == "rna":
         from foldkernels.compat import rna_frameflow
 
