@@ -17,6 +17,7 @@ import pytest
 try:
     import triton
 except ImportError as error:
+    PTXAS = Path()
     WHY_NOT = f"triton cannot be imported: {error}"
 else:
     PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
