@@ -389,7 +389,7 @@ def _token(config: str) -> str:
 def _environment() -> object:
     """What stands for the environment's configuration in a key: the variable's value, as the system holds it.
 
-    `os.environ.get` takes more than a microsecond for a variable that is not set; the dictionary behind it, a twentieth.
+    `os.environ.get` takes more than a microsecond for a variable that is not set, the dictionary behind it a twentieth.
     """
     try:
         return os.environ._data.get(_VARIABLE)  # type: ignore[attr-defined]
@@ -457,9 +457,7 @@ def common_kernel(
         return answer
 
 
-def _commonly(
-    operation: str, like: Tensor, dims: Mapping[str, int], length: int, grad: bool, config: str
-) -> bool:
+def _commonly(operation: str, like: Tensor, dims: Mapping[str, int], length: int, grad: bool, config: str) -> bool:
     """What `_common` says of a call."""
     return _common(
         operation,

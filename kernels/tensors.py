@@ -16,8 +16,8 @@ _autocast_somewhere: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_en
 def constant(function: _Function) -> _Function:
     """Have Dynamo run `function` while it traces, and keep the answer in the graph.
 
-    `torch.compiler.assume_constant_result` does the same, which is to set one attribute; but it loads all of Dynamo to do
-    so, which takes longer than loading the rest of PyTorch. A test holds the two to each other.
+    `torch.compiler.assume_constant_result` does the same, which is to set one attribute; but it loads all of Dynamo
+    for that, which takes longer than loading the rest of PyTorch. A test holds the two to each other.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -16,8 +16,7 @@ from foldkernels.kernels.registry import operations
 from .support.standins import restored
 
 OPERATIONS = sorted(operations())
-#: Calls of functions, ours and built-in ones, that a warm choice may make (7 today): a tenth to a fifth of a microsecond
-#: each.
+#: Calls of functions, ours and built-in ones, that a warm choice may make (7 today): a fifth of a microsecond each.
 CALLS = 8
 #: And to see what the environment says.
 MORE_UNBOUND = 2

@@ -13,6 +13,7 @@ import torch
 
 from foldkernels.configs.kernel import KernelConfig
 from foldkernels.configs.resolve import ENVIRONMENT_VARIABLE, ConfigError
+from foldkernels.kernels import registry
 from foldkernels.kernels.attention import attention
 from foldkernels.kernels.registry import (
     KernelUnavailable,

@@ -114,9 +114,7 @@ def factorized_point_attention(
             },
             grad=any_requires_grad(q, k, v, q_points, k_points, v_points, point_weights, b1, b2, z1, z2),
             config=config,
-            options=in_use(
-                bias_factors=bias_factors, pair_factors=pair_factors, plain_lifting=lifting == "plain"
-            ),
+            options=in_use(bias_factors=bias_factors, pair_factors=pair_factors, plain_lifting=lifting == "plain"),
         )
         out: tuple[Tensor, Tensor, Tensor | None] = run(
             cast(q, dtype),
