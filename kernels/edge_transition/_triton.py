@@ -13,7 +13,7 @@ from .. import _triton_common, machine
 from .._triton_common import INTERPRETED
 from ..blocks import row_blocks
 from ..custom import no_double_backward
-from ..rows import accumulate_
+from ..products import accumulate_
 from ..tile_cache import TileCache, length_class, source_of
 from . import _kernels
 from ._kernels import KERNELS
