@@ -12,7 +12,7 @@ from triton.runtime.errors import OutOfResources
 from .. import _triton_common, machine
 from .._triton_common import INTERPRETED
 from ..blocks import row_blocks
-from ..rows import accumulate_
+from ..products import accumulate_
 from ..tile_cache import TileCache, length_class, source_of
 from . import _kernels
 from ._autograd import differentiate
