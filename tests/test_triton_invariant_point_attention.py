@@ -6,7 +6,6 @@ No GPU is needed, and none is used: what a chip makes of that code, and how fast
 import itertools
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +18,6 @@ from foldkernels.kernels.invariant_point_attention import _tiles as tiles
 from .support.ipa_compiled import Cell, compiled, variants
 from .support.triton_tools import Ask, interpreter, right, slow, with_triton, wrong
 from .support.usage_table import assert_written_down, cases, hold
-
-HERE = Path(__file__).parent
 
 # Numbers --------------------------------------------------------------------------------------------------------------
 
