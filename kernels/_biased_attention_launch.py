@@ -55,9 +55,7 @@ def _reach(mask: Bool[Tensor, "b r j"] | None, padded_keys: int, like: Tensor) -
 class _Call:
     """What all launches of one call have in common."""
 
-    def __init__(
-        self, tiles: TileCache, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None
-    ) -> None:
+    def __init__(self, tiles: TileCache, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> None:
         self.tiles = tiles
         self.q, self.k, self.v = (_inner_contiguous(x) for x in (q, k, v))
         self.bias = _padded_bias(bias)

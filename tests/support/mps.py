@@ -22,10 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from .mps_operators import Collect, collected, refuse
 
-DEVICE, IS_CPU, IS_MPS = (
-    getattr(Tensor, name).__get__
-    for name in ("device", "is_cpu", "is_mps")
-)
+DEVICE, IS_CPU, IS_MPS = (getattr(Tensor, name).__get__ for name in ("device", "is_cpu", "is_mps"))
 MPS, CPU = torch.device("mps", 0), torch.device("cpu")
 #: Operators that take tensors of two devices.
 BETWEEN = ("aten::copy_", "aten::_to_copy", "aten::index.Tensor", "aten::index_put_", "aten::_index_put_impl_")
