@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from foldkernels.kernels import registry
+from foldkernels.kernels import chips, registry
 from foldkernels.kernels.edge_transition import _tiles as tiles
 
-from .support.edge_code import code
-from .support.triton_tools import Ask, interpreter, right, slow, usage, with_triton, wrong
+from .support.edge_code import code, widest
+from .support.triton_tools import CHIPS, Ask, interpreter, right, slow, usage, with_triton, wrong
 
 # Numbers --------------------------------------------------------------------------------------------------------------
 
@@ -101,7 +101,17 @@ def test_each_number_of_z_is_read_once(ask, n):
     assert found["loaded"] == found["numbers"] > 0
 
 
-# Code in float32 ------------------------------------------------------------------------------------------------------
+# Code for each chip ---------------------------------------------------------------------------------------------------
+
+
+@with_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", tiles.KERNELS)
+@pytest.mark.parametrize("arch", CHIPS)
+def test_the_widest_fit(arch, kernel, tmp_path):
+    """The widest layers that `supports` lets through."""
+    found = code(arch, kernel, "bf16", tiles.tiles_for(CHIPS[arch], kernel)[0], sizes=widest(arch))
+    assert usage(found, tmp_path).shared <= chips.shared_memory(CHIPS[arch])
 
 
 @with_triton

@@ -11,7 +11,7 @@ import torch
 from foldkernels.kernels import _biased_attention_tiles as tiles
 
 from .triton_tools import CHIPS, compiled
-from .usage_table import PRODUCTS, Variant
+from .usage_table import FIRST, MORE, OTHERS, PRODUCTS, Variant
 
 #: float16 is bfloat16's program with other products: a test compares them.
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -76,11 +76,11 @@ def variants() -> Iterator[Variant]:
             found = tiles.tiles_for(capability, way.kernel, TYPES[way.dtype], way.d)
             plain = way.d != ODD and way.masked
             for tile in found if plain else found[:1]:
-                first = tile is found[0]
+                first, usual = tile is found[0], plain and not way.alone and way.precision == "ieee"
                 yield Variant(
                     arch,
                     f"{way} {'x'.join(map(str, tile))}",
-                    first=first,
+                    rank=OTHERS if not first else FIRST if usual else MORE,
                     quick=first and plain and (way.dtype, way.d, arch) == ("bf16", PUBLISHED, 90),
                     stack=STACK,
                     compile=partial(code, arch, way, tile),

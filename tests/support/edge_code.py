@@ -8,7 +8,7 @@ from typing import Any
 from foldkernels.kernels.edge_transition import _tiles as tiles
 
 from .triton_tools import CHIPS, compiled
-from .usage_table import Variant
+from .usage_table import FIRST, OTHERS, Variant
 
 TYPES = ("bf16", "fp16")
 #: Multiflow's: pairs, residues' share, new pairs.
@@ -26,28 +26,22 @@ def widest(arch: int) -> tuple[int, int, int]:
 
 
 def variants() -> Iterator[Variant]:
-    """Everything that the dispatcher can choose: at the published widths every tile, at the widest the first one."""
+    """Everything that the dispatcher can choose, with a mask."""
     for dtype in TYPES:
         for kernel in tiles.KERNELS:
             for arch, capability in CHIPS.items():
                 found = tiles.tiles_for(capability, kernel)
                 for tile in found:
                     first = tile is found[0]
-                    yield variant(arch, kernel, dtype, tile, first=first, quick=first and (dtype, arch) == ("bf16", 90))
-                if dtype == "bf16" and widest(arch) != PUBLISHED:
-                    yield variant(arch, kernel, dtype, found[0], "widest")
-                if dtype == "bf16" and kernel != "gradients":
-                    yield variant(arch, kernel, dtype, found[0], "unmasked")
-
-
-def variant(
-    arch: int, kernel: str, dtype: str, tile: tiles.Tile, how: str = "", *, first: bool = True, quick: bool = False
-) -> Variant:
-    """A kernel in a tile; `how` is "widest" or "unmasked", or empty for published widths with a mask."""
-    name = " ".join((dtype, kernel, *([how] if how else []), "x".join(map(str, tile))))
-    sizes = widest(arch) if how == "widest" else PUBLISHED
-    make = partial(code, arch, kernel, dtype, tile, sizes=sizes, masked=how != "unmasked")
-    return Variant(arch, name, first, quick, STACK, make, partial(faults, arch))
+                    yield Variant(
+                        arch,
+                        f"{dtype} {kernel} {'x'.join(map(str, tile))}",
+                        rank=FIRST if first else OTHERS,
+                        quick=first and (dtype, arch) == ("bf16", 90),
+                        stack=STACK,
+                        compile=partial(code, arch, kernel, dtype, tile),
+                        faults=partial(faults, arch),
+                    )
 
 
 def code(
@@ -57,7 +51,6 @@ def code(
     tile: tiles.Tile,
     *,
     sizes: tuple[int, int, int] = PUBLISHED,
-    masked: bool = True,
     precision: str = "ieee",
 ) -> Any:
     """A kernel's code for a chip, in a tile."""
@@ -66,7 +59,7 @@ def code(
     function, wide = KERNELS[kernel], tiles.widths(*sizes)
     constants: dict[str, Any] = {
         "CZ": sizes[0], "C_OUT": sizes[2], "Z": wide.z, "OUT": wide.out, "PART": wide.part, "PARTS": wide.parts,
-        "I": tile.rows, "J": tile.columns, "BLOCK": min(tile.block, wide.part), "MASKED": masked,
+        "I": tile.rows, "J": tile.columns, "BLOCK": min(tile.block, wide.part), "MASKED": True,
         "BACKWARD": kernel == "hidden", "PRECISION": precision, "INTERPRETED": False,
     }  # fmt: skip
     names = function.arg_names

@@ -10,7 +10,7 @@ import torch
 from foldkernels.kernels.factorized_point_attention import _tiles as tiles
 
 from .triton_tools import CHIPS, compiled
-from .usage_table import PRODUCTS, Variant
+from .usage_table import FIRST, MORE, OTHERS, PRODUCTS, Variant
 
 #: float16 is bfloat16's program with other products: a test compares them.
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -49,7 +49,7 @@ def variants() -> Iterator[Variant]:
                         yield Variant(
                             arch,
                             f"{dtype} {kernel} {part} {'x'.join(map(str, tile))}",
-                            first=first,
+                            rank=OTHERS if not first else FIRST if part == "points" else MORE,
                             quick=first and (arch, dtype, kernel, part) == (90, "bf16", "forward", "points"),
                             stack=STACK,
                             compile=partial(code, arch, kernel, dtype, tile, *PARTS[part]),

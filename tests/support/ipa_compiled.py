@@ -12,7 +12,7 @@ from foldkernels.kernels.invariant_point_attention import _tiles as tiles
 
 from .triton_tools import CHIPS
 from .triton_tools import compiled as compiled_for
-from .usage_table import Variant
+from .usage_table import FIRST, MORE, OTHERS, Variant
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 #: How products may be rounded.
@@ -74,11 +74,11 @@ def variant(cell: Cell, plan: tiles.Plan, precision: str, *, masked: bool = True
     way = "fused" if cell.fused else "wide"
     tile = f"{plan.queries}x{plan.keys}x{plan.warps}x{plan.stages}"
     unmasked = "" if masked else "unmasked "
-    first = plan == cell.plans()[0]
+    first, usual = plan == cell.plans()[0], masked and (cell.dtype, precision) in (("bf16", "ieee"), ("fp32", "tf32x3"))
     return Variant(
         cell.arch,
         f"{cell.kernel} {cell.dtype} {precision} {way} {cell.heads} {cell.channels} {unmasked}{tile}",
-        first=first,
+        rank=OTHERS if not first else FIRST if usual else MORE,
         quick=first and masked and cell.fused and (cell.arch, cell.dtype) == (90, "bf16"),
         stack=STACK[tiles.HALF if cell.half else tiles.EXACT, cell.channels],
         compile=partial(compiled, cell, plan, precision, masked=masked),

@@ -4,10 +4,13 @@
     python -m tests.support.usage_table                      of every operation
 
 A variant is one tile of one kernel for one set of types and constants on one chip: everything that a launcher may ask
-for. What is taken unmeasured must be written down, and other tiles for the chips of `EVERY_TILE`; the rest are held to
-the chip's and our own limits alone. Rows that nobody asks for any more are left out when a table is written. Remove the
-file to write all of it again, as after a change of a kernel; with TRITON_CACHE_DIR set, what was compiled before is not
-compiled again.
+for. It has a rank: `FIRST`, what is taken unmeasured in the usual types; `MORE`, the same tiles in the other types and
+ways; `OTHERS`, tiles that are taken only where they were measured to be faster. What ranks lower is compiled first, and
+for each chip the table says up to which rank it is whole ("held"): there, rows may neither be missing nor be too many.
+What is not written down is held to the chip's limits and our own.
+
+Rows that nobody asks for any more are left out when a table is written. Remove the file to write all of it again, as
+after a change of a kernel; with TRITON_CACHE_DIR set, what was compiled before is not compiled again.
 """
 
 import importlib
@@ -15,7 +18,7 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,17 +34,15 @@ MODULES = {
     "factorized_point_attention": "factorized_code",
     "invariant_point_attention": "ipa_compiled",
 }
-#: Operation -> chips for which tiles that are not taken unmeasured are written down, too.
-EVERY_TILE: Mapping[str, Collection[int]] = {
-    "attention with a dense bias": (),
-    "edge_transition": (80, 89, 90, 100),
-    "factorized_point_attention": (),
-    "invariant_point_attention": (80,),
-}
 #: With another version of Triton than that which was written down, the stack may be larger by so many bytes.
 ALLOWANCE = 64
 #: Products on the tensor cores, as they stand in a chip's assembly.
 PRODUCTS = r"mma\.(?:m16n8|sync)|wgmma\.mma_async|tcgen05\.mma"
+
+
+FIRST, MORE, OTHERS = range(3)
+#: What a table has beside its rows.
+HEADS = ("triton", "held")
 
 
 class Variant(NamedTuple):
@@ -50,7 +51,7 @@ class Variant(NamedTuple):
     Attributes:
         arch: The chip, as 90.
         name: What it is, without the chip.
-        first: Whether it is taken unmeasured.
+        rank: `FIRST`, `MORE` or `OTHERS`.
         quick: Whether every run of the tests compiles it.
         stack: What it may spill at most, in bytes a thread, whatever was written down.
         compile: Gives the code.
@@ -59,7 +60,7 @@ class Variant(NamedTuple):
 
     arch: int
     name: str
-    first: bool
+    rank: int
     quick: bool
     stack: int
     compile: Callable[[], Any]
@@ -77,20 +78,20 @@ def variants(operation: str) -> list[Variant]:
     return list(importlib.import_module(f"{__package__}.{MODULES[operation]}").variants())
 
 
-def required(operation: str, variant: Variant) -> bool:
-    """Whether it must be written down."""
-    return variant.first or variant.arch in EVERY_TILE[operation]
-
-
 def path(operation: str) -> Path:
     """Where an operation's table is."""
     return TABLES / f"{operation.replace(' ', '_')}.json"
 
 
 def read(operation: str) -> Table:
-    """An operation's table: the version of Triton, and for each variant shared memory, registers and stack."""
+    """An operation's table.
+
+    Returns:
+        The version of Triton ("triton"), the rank that each chip is held up to ("held"), and for each variant shared
+        memory, registers and stack.
+    """
     if not path(operation).exists():
-        return {}
+        return {"triton": "", "held": {}}
     found: Table = json.loads(path(operation).read_text())
     return found
 
@@ -132,36 +133,40 @@ def hold(variant: Variant, table: Table, folder: Path) -> list[str]:
     return [f"{variant}: {words}" for words in said]
 
 
-def out_of_step(operation: str, every: list[Variant], table: Table) -> list[str]:
-    """What is missing in an operation's table, and what nobody asks for."""
-    names = [str(variant) for variant in every]
+def whole_up_to(every: list[Variant], table: Table) -> dict[str, int]:
+    """For each chip the highest rank up to which no row is missing; chips without the first are left out."""
+    missing = [x for x in every if str(x) not in table]
+    found = {arch: min((x.rank for x in missing if x.arch == arch), default=OTHERS + 1) - 1 for arch in CHIPS}
+    return {str(arch): rank for arch, rank in found.items() if rank >= FIRST}
+
+
+def out_of_step(every: list[Variant], table: Table) -> list[str]:
+    """What is missing in a table, and what nobody asks for."""
+    names, held = [str(variant) for variant in every], table["held"]
+    missing = [str(x) for x in every if x.rank <= held.get(str(x.arch), -1) and str(x) not in table]
     found = {
         "two variants of one name": [name for name, times in Counter(names).items() if times > 1],
-        "not written down": [str(x) for x in every if required(operation, x) and str(x) not in table],
-        "no variants": sorted(table.keys() - {"triton", *names}),
+        "not written down": missing,
+        "no variants": sorted(table.keys() - {*HEADS, *names}),
     }
     return [f"{what}: {', '.join(which)}" for what, which in found.items() if which]
 
 
-#: Chips whose other tiles are written down first: those of clusters.
-_SOONER = (90, 80)
-
-
 def write(operation: str) -> None:
-    """Compile what is not written down yet, first what is taken unmeasured, and add it to the table."""
+    """Compile what is not written down yet, the lowest rank first, and add it to the table."""
     import triton
 
     every, table = variants(operation), read(operation)
-    if table.get("triton") != triton.__version__:
+    if table["triton"] != triton.__version__:
         table = {"triton": triton.__version__}
-    left = [variant for variant in every if str(variant) not in table]
-    left.sort(key=lambda x: (not x.first, x.arch not in _SOONER))
+    left = sorted((x for x in every if str(x) not in table), key=lambda x: x.rank)
     with tempfile.TemporaryDirectory() as folder:
         for variant in [*left, None]:
             if variant is not None:
                 table[str(variant)] = list(usage(variant.compile(), Path(folder)))
                 print(variant, *table[str(variant)], file=sys.stderr, flush=True)
-            names = ["triton", *(str(x) for x in every if str(x) in table)]
+            table["held"] = whole_up_to(every, table)
+            names = [*HEADS, *(str(x) for x in every if str(x) in table)]
             lines = [f"{json.dumps(name)}: {json.dumps(table[name])}" for name in names]
             path(operation).write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
