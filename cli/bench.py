@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Debug, Device, Json, best_device, split, whole_numbers
+from .options import Debug, Device, Json, best_device, check_known, lengths_option, split, whole_numbers
 from .reporting import print_json, reported
 
 if TYPE_CHECKING:
@@ -65,10 +65,7 @@ def run(
             "mapping of keyword arguments, or the only one.",
         ),
     ] = None,
-    length: Annotated[
-        list[str] | None,
-        typer.Option("--length", "-l", metavar="N[,N...]", help="Residues.  [default: 64,128,256 on a CPU]"),
-    ] = None,
+    length: Annotated[list[str] | None, lengths_option("64,128,256 on a CPU")] = None,
     mode: Annotated[Mode, typer.Option("--mode", help="Without gradients, with all of them, or both.")] = Mode.BOTH,
     dtype: Annotated[
         list[str] | None,
@@ -185,19 +182,14 @@ def _plan(
     Raises:
         BadParameter: A word of it means nothing.
     """
-    from ..configs.kernel import did_you_mean
     from ..kernels import registry
     from .benchmarking import plan
     from .benchmarking.rows import MODES
     from .benchmarking.subjects import DTYPES
 
     known = sorted(registry.operations())
-    for name in operations:
-        if name not in known:
-            raise typer.BadParameter(f"no operation {name!r}{did_you_mean(name, known)}", param_hint="OPERATION")
-    for name in dtypes:
-        if name not in DTYPES:
-            raise typer.BadParameter(f"no type {name!r}{did_you_mean(name, list(DTYPES))}", param_hint="--dtype")
+    check_known(operations, known, "operation", "OPERATION")
+    check_known(dtypes, DTYPES, "type", "--dtype")
     where = device or best_device()
     kind = where.partition(":")[0]
     if kind not in plan.LENGTHS:
@@ -329,7 +321,7 @@ def _announce(wanted: Plan, bench: Run, folder: Path) -> None:
     """Say what will be done, and how long it takes."""
     kernels = sum(len([s for s in bench.sides(known)[0] if not known.why.get(s)]) for known in bench.known)
     points = len(list(wanted.points()))
-    about = _duration(bench.estimate())
+    about = _duration(bench.left())
     most = f", at most {_duration(wanted.budget)}" if wanted.budget is not None else ""
     lengths = ", ".join(map(str, wanted.lengths))
     what = f"{len(bench.known)} operations or models, {kernels} kernels that run here, L={lengths}"
@@ -341,8 +333,8 @@ def _duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar on stderr, if that is a terminal."""
+def _progress() -> Iterator[Callable[[str, float, float], None]]:
+    """A bar on stderr, if that is a terminal; else a line for each operation or model as it begins."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -350,7 +342,19 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     columns = (BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=1.0)
-        yield lambda what, done: progress.update(task, description=what, completed=done)
+        begun = ""
+
+        def told(what: str, done: float, left: float) -> None:
+            nonlocal begun
+            name, length, _ = what.partition(" L=")
+            if console.is_terminal:
+                about = f"about {_duration(left)} left, " if left else ""
+                progress.update(task, description=about + what, completed=done)
+            elif length and name != begun:
+                begun = name
+                print(f"{name}; about {_duration(left)} left of all", file=sys.stderr, flush=True)
+
+        yield told
 
 
 def _write(results: Results, folder: Path) -> list[Path]:

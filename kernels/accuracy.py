@@ -35,8 +35,11 @@ EXCEEDS = {
     # Points, which the definition keeps in float32, are values of 16 bits; so are the gradients of lifted points. 3.8
     # was seen, on a stand-in.
     ("invariant_point_attention", "cuequivariance", torch.bfloat16): 4.5,
-    # Weights and their gradients are rounded to 16 bits before their products. Up to 1.7 was seen, interpreted.
+    # Weights and their gradients are rounded to 16 bits before their products, as by PyTorch's own fused attention. Up
+    # to 1.7, and of the attention with a dense bias 1.9, was seen, interpreted.
     ("invariant_point_attention", "triton", torch.bfloat16): 2.5,
+    ("triangle_attention", "triton", torch.bfloat16): 2.5,
+    ("attention_pair_bias", "triton", torch.bfloat16): 2.5,
 }
 #: The same, on CUDA only: what stands above of scaled_dot_product_attention, which it calls there.
 EXCEEDS_ON_CUDA = {("factorized_point_attention", "torch", torch.bfloat16): 2.5}

@@ -6,8 +6,7 @@ marked tensors every operator needs an MPS kernel, none may be float64, and none
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -16,8 +15,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from foldkernels.cli.benchmarking.models import MultiflowModel
 from foldkernels.cli.benchmarking.subjects import OperationSubject, Point
@@ -35,156 +32,12 @@ from foldkernels.modules.pairformer import PairformerLayer, PairformerNoSeqLayer
 
 from .kernel_cases import operations
 from .support.goldens import MULTIFLOW, model_of, part, small_checkpoint
-from .test_mps_operators import Collect, collected
+from .support.mps import on_mps
 
-DEVICE, IS_CPU = Tensor.device.__get__, Tensor.is_cpu.__get__  # type: ignore[attr-defined]
-MPS, CPU = torch.device("mps"), torch.device("cpu")
 TINY = MULTIFLOW.parent / "esm" / "esm2_t3_tiny.pt"
 RANDOM = ("rand", "bernoulli", "normal_", "uniform", "multinomial", "dropout")
 CHECKPOINT = cache(lambda: read_checkpoint(MULTIFLOW / "small_chain"))
 N = 9
-#: Operators that take tensors of two devices.
-BETWEEN = ("aten::copy_", "aten::_to_copy", "aten::index.Tensor", "aten::index_put_", "aten::_index_put_impl_")
-
-
-class Marks:
-    """Which storages are on MPS. They are kept, so that no other comes to lie at their place."""
-
-    def __init__(self) -> None:
-        self.kept: dict[int, Any] = {}
-        #: Whether a function of PyTorch runs that was given a tensor there: what it makes of nothing is there, too.
-        self.inside = False
-
-    def add(self, x: Any) -> Any:
-        for leaf in tree_leaves(x):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                self.kept[storage._cdata] = storage
-        return x
-
-    def forget(self, x: Tensor) -> None:
-        del self.kept[x.untyped_storage()._cdata]
-
-    def has(self, x: Any) -> bool:
-        return isinstance(x, Tensor) and x.untyped_storage()._cdata in self.kept
-
-
-class OnMps(Collect):
-    """Collects operators on marked tensors, and marks what they give."""
-
-    def __init__(self, marks: Marks) -> None:
-        super().__init__()
-        self.marks = marks
-        self.mixed: set[str] = set()
-
-    def record(self, name: str, given: Any, out: Any) -> None:
-        tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
-        there = [self.marks.has(x) for x in tensors]
-        if not any(there) and (tensors or not self.marks.inside):
-            return
-        super().record(name, given, out)
-        if name not in BETWEEN and any(x.ndim for x, marked in zip(tensors, there, strict=True) if not marked):
-            self.mixed.add(name)
-        self.marks.add(out)
-
-
-def _names_mps(x: Any) -> bool:
-    return (isinstance(x, torch.device) and x.type == "mps") or (isinstance(x, str) and x.partition(":")[0] == "mps")
-
-
-class SentToMps(TorchFunctionMode):
-    """What is asked of MPS is made on the CPU, and marked; a marked tensor says that it is on MPS."""
-
-    def __init__(self, marks: Marks) -> None:
-        super().__init__()
-        self.marks = marks
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
-        if func == DEVICE:
-            return MPS if self.marks.has(args[0]) else func(*args)
-        if func == IS_CPU and self.marks.has(args[0]):
-            return False
-        if func in (Tensor.numpy, Tensor.__array__) and self.marks.has(args[0]):
-            raise TypeError("a tensor on MPS has no NumPy array")
-        if func is Tensor.cpu:
-            return self._moved(args[0], "cpu", (), {})
-        if func is Tensor.to:
-            where = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, str | torch.device | Tensor)]
-            if where:
-                to = MPS if self.marks.has(where[0]) else getattr(where[0], "device", where[0])
-                dtypes = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, torch.dtype)]
-                dtypes += [x.dtype for x in where if isinstance(x, Tensor)]
-                return self._moved(args[0], to, dtypes[:1])
-        if name != "_parse_to" and any(_names_mps(a) for a in (*args, *kwargs.values())):
-            args = tuple(CPU if _names_mps(a) else a for a in args)
-            kwargs = {key: CPU if _names_mps(a) else a for key, a in kwargs.items()}
-            return self.marks.add(func(*args, **kwargs))
-        before = self.marks.inside
-        self.marks.inside = before or any(self.marks.has(x) for x in tree_leaves((args, kwargs)))
-        try:
-            out = func(*args, **kwargs)
-            return self.marks.add(out) if self.marks.inside and name == "new_tensor" else out
-        finally:
-            self.marks.inside = before
-
-    def _moved(self, x: Tensor, to: Any, dtypes: Any = (), _: Any = None) -> Tensor:
-        to_mps, on_mps = _names_mps(to), self.marks.has(x)
-        if to_mps is on_mps:
-            return x.to(*dtypes) if dtypes else x
-        if on_mps:  # a copy is as wide on MPS as it was there, and another dtype is made where it arrives
-            out = x.clone()
-            self.marks.forget(out)
-            return out.to(*dtypes) if dtypes else out
-        out = x.to(*dtypes) if dtypes else x  # and the other way it is sent in the dtype that it is to have
-        return self.marks.add(out.clone())
-
-
-@contextmanager
-def on_mps() -> Iterator[OnMps]:
-    """Run as on a Mac, and fail if a Mac could not."""
-    marks = Marks()
-    with collected(collect=OnMps(marks)) as found, SentToMps(marks):
-        yield found
-    assert sorted(found.mixed) == [], "operators that met tensors of MPS and of the CPU"
-
-
-# The check itself -----------------------------------------------------------------------------------------------------
-
-
-def test_where_tensors_say_that_they_are():
-    with on_mps() as found:
-        x = torch.ones(3)
-        y = x.to("mps")
-        assert x.device.type == "cpu" and y.device.type == "mps"
-        assert (y + 1).device.type == torch.zeros(2, device=y.device).device.type == "mps"
-        assert y[:2].device.type == nn.Linear(3, 2).to("mps").weight.device.type == "mps"
-        assert y.to("mps") is y and x.cpu() is x
-        assert (y * 2).cpu().device.type == "cpu" and y.device.type == "mps"
-        torch.linalg.svd(torch.rand(3, 3).double())
-        y.cpu().double().sum()
-        x.double().to("mps", torch.float32).sum()
-        y.copy_(x)
-        assert y.cpu().numpy().sum() == 3
-    assert "aten::_linalg_svd" not in found.operators and "aten::add.Tensor" in found.operators
-
-
-PLANTED: dict[str, Callable[[Tensor], object]] = {
-    "float64": lambda x: x.double().cpu(),
-    "without an MPS kernel": lambda x: torch.linalg.svd(x),
-    "met tensors of MPS and of the CPU": lambda x: x + torch.ones(3, 3),
-}
-
-
-@pytest.mark.parametrize("what", PLANTED)
-def test_what_a_mac_could_not_do_is_seen(what):
-    with pytest.raises(AssertionError, match=what), on_mps():
-        PLANTED[what](torch.rand(3, 3).to("mps"))
-
-
-def test_numpy_refuses():
-    with pytest.raises(TypeError, match="NumPy"), on_mps():
-        torch.ones(3).to("mps").numpy()
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
@@ -259,7 +112,8 @@ def test_pairformer(no_seq):
     layer: nn.Module = PairformerNoSeqLayer(8, **sizes) if no_seq else PairformerLayer(16, 8, 2, v2=True, **sizes)
     bind(layer, "torch")
     with on_mps():
-        s, z, mask = s.to("mps"), z.to("mps"), mask.to("mps")
+        # As in a model, whose first layers are before these.
+        s, z, mask = s.to("mps").requires_grad_(), z.to("mps").requires_grad_(), mask.to("mps")
         pairs = mask[:, :, None] * mask[:, None]
         out = layer.to("mps").train()(*((z, pairs) if no_seq else (s, z, mask, pairs)))
         sum(x.square().mean() for x in (out if isinstance(out, tuple) else (out,))).backward()

@@ -4,7 +4,6 @@ No GPU is needed, and none is used: what a chip makes of that code, and how fast
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,7 +30,7 @@ PLAIN: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
     """Ask the interpreter about a case: `PLAIN`, but for what is named."""
-    with interpreter(Path(__file__).parent / "support" / "edge_interpreter.py", PLAIN) as answer:
+    with interpreter("edge_interpreter", PLAIN) as answer:
         yield answer
 
 

@@ -4,7 +4,6 @@ No GPU is needed, and none is used: what a chip makes of that code, and how fast
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ PLAIN: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
-    with interpreter(Path(__file__).parent / "support" / "factorized_interpreter.py", PLAIN) as found:
+    with interpreter("factorized_interpreter", PLAIN) as found:
         yield found
 
 

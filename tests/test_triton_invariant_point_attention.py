@@ -5,7 +5,6 @@ No GPU is needed, and none is used: what a chip makes of that code, and how fast
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +16,6 @@ from foldkernels.kernels.invariant_point_attention import _tiles as tiles
 
 from .support.ipa_compiled import Cell, compiled
 from .support.triton_tools import Ask, interpreter, right, slow, with_triton, wrong
-
-HERE = Path(__file__).parent
 
 # Numbers --------------------------------------------------------------------------------------------------------------
 
@@ -35,7 +32,7 @@ both_ways = pytest.mark.parametrize("fused", [True, False], ids=["fused", "wide"
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
     """Ask the interpreter about a case: `PLAIN`, but for what is named."""
-    with interpreter(HERE / "support" / "ipa_interpreter.py", PLAIN) as answer:
+    with interpreter("ipa_interpreter", PLAIN) as answer:
         yield answer
 
 
