@@ -321,7 +321,7 @@ def _announce(wanted: Plan, bench: Run, folder: Path) -> None:
     """Say what will be done, and how long it takes."""
     kernels = sum(len([s for s in bench.sides(known)[0] if not known.why.get(s)]) for known in bench.known)
     points = len(list(wanted.points()))
-    about = _duration(bench.estimate())
+    about = _duration(bench.left())
     most = f", at most {_duration(wanted.budget)}" if wanted.budget is not None else ""
     lengths = ", ".join(map(str, wanted.lengths))
     what = f"{len(bench.known)} operations or models, {kernels} kernels that run here, L={lengths}"
@@ -333,8 +333,8 @@ def _duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar on stderr, if that is a terminal."""
+def _progress() -> Iterator[Callable[[str, float, float], None]]:
+    """A bar on stderr, if that is a terminal; else a line for each operation or model as it begins."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -342,7 +342,19 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     columns = (BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=1.0)
-        yield lambda what, done: progress.update(task, description=what, completed=done)
+        begun = ""
+
+        def told(what: str, done: float, left: float) -> None:
+            nonlocal begun
+            name, length, _ = what.partition(" L=")
+            if console.is_terminal:
+                about = f"about {_duration(left)} left, " if left else ""
+                progress.update(task, description=about + what, completed=done)
+            elif length and name != begun:
+                begun = name
+                print(f"{name}; about {_duration(left)} left of all", file=sys.stderr, flush=True)
+
+        yield told
 
 
 def _write(results: Results, folder: Path) -> list[Path]:

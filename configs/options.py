@@ -13,8 +13,7 @@ SequenceBlock = Literal[
 ]
 Init = Literal["fresh", "zero"]
 
-#: Blocks that read frames, and blocks that leave the single representation as it is.
-NEEDS_FRAMES = ("ipa",)
+#: Blocks that leave the single representation as it is.
 PAIRS_ALONE = ("pairformer_no_seq", "double_attention_pair")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import torch
 
 from foldkernels.configs.kernel import KernelConfig
 from foldkernels.configs.resolve import ENVIRONMENT_VARIABLE, ConfigError
+from foldkernels.kernels import registry
 from foldkernels.kernels.attention import attention
 from foldkernels.kernels.registry import (
     KernelUnavailable,
@@ -23,6 +25,7 @@ from foldkernels.kernels.registry import (
     token,
 )
 from foldkernels.kernels.requests import Decision, Dims, Reason, Request
+from foldkernels.kernels.tensors import constant
 
 from .support.goldens import batch_of, small_model
 from .support.requested import (
@@ -170,6 +173,33 @@ def test_the_environment_decides_where_nobody_else_does(monkeypatch: pytest.Monk
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reverence")
     with pytest.raises(ConfigError, match="did you mean 'reference'"):
         attention(x, x, x)
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE)
+    with record_kernels() as ran:
+        attention(x, x, x)
+        monkeypatch.setattr(os, "environ", {ENVIRONMENT_VARIABLE: "reference"})  # a plain mapping in its place
+        attention(x, x, x)
+    assert ran == ["attention: torch", "attention: reference"]
+
+
+def test_answers_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each length, or a service that has seen every length would never stop growing."""
+    monkeypatch.setattr(registry, "_MOST_ANSWERS", 8)
+    for n in range(1, 40):
+        x = torch.zeros(1, n, 1, 4)
+        with record_kernels() as ran:
+            attention(x, x, x, config=token(KernelConfig(preset="reference")))
+        assert ran == ["attention: reference"]
+        assert len(registry._decided) <= 9
+
+
+def test_constants_are_marked_as_pytorch_marks_them() -> None:
+    """By an attribute that is PyTorch's own business: its decorator would load all of Dynamo."""
+
+    def theirs() -> None: ...
+
+    def ours() -> None: ...
+
+    assert vars(torch.compiler.assume_constant_result(theirs)) == vars(constant(ours)) != {}
 
 
 # ------------------------------------------------------------------------------------------------- operations that fuse
