@@ -112,6 +112,11 @@ def test_a_kernel_that_raises_costs_its_row_only(monkeypatch):
 def test_what_does_not_fit_into_the_time_is_not_begun():
     (found,) = answers(measure(["torch"], seconds=1e-9))
     assert found["sides"]["torch"]["status"] == "no time"
+    late = time.time() - 1000.0  # as long as the process took to start
+    (found,) = answers(measure(["torch"], seconds=1000.0, asked=late))
+    assert found["sides"]["torch"]["status"] == "no time"
+    (found,) = answers(measure(["torch"], seconds=1000.0, asked=time.time()))
+    assert found["sides"]["torch"]["seconds"]
 
 
 def test_kernels_are_checked_where_they_serve():

@@ -259,6 +259,7 @@ class Run:
                 "rounds": self.plan.rounds,
                 "memory": self.plan.memory,
                 "seconds": left,
+                "asked": time.time(),  # the process may have to start first
             }
             try:
                 answer = taken.by(self._clock, worker, question, silence, heard, stop - self.seconds)

@@ -111,7 +111,7 @@ class Answerer:
     # Measuring --------------------------------------------------------------------------------------------------------
 
     def _measure(self, question: Mapping[str, Any]) -> Answer:
-        began = time.monotonic()
+        began = time.monotonic() - max(0.0, time.time() - question.get("asked", math.inf))
         subject, point = self._subject(question["subject"]), Point(**question["point"])
         found: dict[str, Answer] = {side: {} for side in question["sides"]}
         calls: dict[str, Callable[[], object]] = {}
