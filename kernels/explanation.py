@@ -10,9 +10,10 @@ import torch
 from ..configs.kernel import KernelConfig, did_you_mean
 from ..configs.presets import LEFT_OUT, WHY_LEFT_OUT, candidates
 from ..configs.resolve import ResolvedKernel, resolve_kernel
+from . import registry
 from .binding import BindReport, Place, Use, decision_as_dict, place_of, requests_of, users_of
 from .machine import MACHINES, Machine, capability, describe
-from .registry import KernelUnavailable, decide, kernels, operations, settings_of, token
+from .registry import KernelUnavailable, decide, operations, settings_of, token
 from .requests import Decision, Dims, Reason, Request
 
 
@@ -305,12 +306,12 @@ def _left_out(choices: Iterable[Choice]) -> Iterator[tuple[str, str, Reason]]:
         preset = choice.decision.source.removeprefix("preset ") if choice.decision else ""
         operation, device = choice.request.operation, choice.request.device
         name = LEFT_OUT.get(preset, {}).get(operation, {}).get(device)
-        if name is not None and name in kernels(operation):
+        if name is not None and name in registry.kernels(operation):
             fix = f"judge it there: foldkernels verify -o {operation} --kernel-name {name}; if it holds, "
             fix += f"kernel: {{{operation}: {name}}}"
             fix += ", or kernel: flash" if name in candidates("flash", operation, device) else ""
             yield operation, name, Reason(f"{preset} leaves it out: {WHY_LEFT_OUT}", fix)
-            yield from ((operation, name, reason) for reason in kernels(operation)[name].supports(choice.request))
+            yield from ((operation, name, reason) for reason in registry.kernels(operation)[name].supports(choice.request))
 
 
 def _refusals(choices: Iterable[Choice]) -> Iterator[str]:
