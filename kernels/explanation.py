@@ -311,7 +311,9 @@ def _left_out(choices: Iterable[Choice]) -> Iterator[tuple[str, str, Reason]]:
             fix += f"kernel: {{{operation}: {name}}}"
             fix += ", or kernel: flash" if name in candidates("flash", operation, device) else ""
             yield operation, name, Reason(f"{preset} leaves it out: {WHY_LEFT_OUT}", fix)
-            yield from ((operation, name, reason) for reason in registry.kernels(operation)[name].supports(choice.request))
+            yield from (
+                (operation, name, reason) for reason in registry.kernels(operation)[name].supports(choice.request)
+            )
 
 
 def _refusals(choices: Iterable[Choice]) -> Iterator[str]:
