@@ -25,7 +25,7 @@ from foldkernels.configs.options import FoldkernelsConfig
 from .support.pages import Block, blocks, commands, inline_commands, pages
 
 #: What mkdocs takes from beside docs/, and what the site calls it.
-ADOPTED = {"contributing.md", "changelog.md"}
+ADOPTED = {"contributing.md", "changelog.md", "small-model.md"}
 
 
 def writer(root, name):
