@@ -219,7 +219,7 @@ def test_the_answers_of_benchs_worker(subject, device):
         found = answerer.answer(
             {"what": "measure", "subject": spec, "point": point, "sides": sides, "rounds": 3, "memory": True}
         )["sides"]
-    assert known["one_process"] and set(sides) >= {"reference", "torch"}
+    assert known["one_process"] and "reference" in sides and len(sides) > 1
     for side in sides:
         assert "status" not in found[side], found[side]
         assert len(found[side]["seconds"]) == 3 and found[side]["memory_mb"] == 0.0
