@@ -16,12 +16,13 @@ under its name:
         --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \\
         -d .whl pydantic==2.14.3 pydantic-core==2.50.4 annotated-types typing-inspection typing-extensions \\
         omegaconf roma gemmi
-    python3 -m pip install -q --no-index --no-deps --target /tmp/site .whl/*.whl && ln -s "$PWD" /tmp/site/foldkernels
+    python3 -m pip install -q --no-index --no-deps --target /tmp/site .whl/*.whl \\
+        && ln -sfn "$PWD" /tmp/site/foldkernels
     PYTHONPATH=/tmp/site PYTHONUNBUFFERED=1 python3 -m benchmarks.gpu_suite --minutes 8.5 --out "${OUT:-.}/gpu.json"
 
-The other projects' kernels are as many wheels more (cuequivariance, cuequivariance-torch, platformdirs, trifast,
-cuequivariance-ops-torch-cu13, 29 MB, and cuequivariance-ops-cu13, 45 MB): where a call carries 64 MB, install that last
-one in a call of its own, and the rest in the next, while the machine is kept.
+Those of other projects are 74 MB more: cuequivariance, cuequivariance-torch, platformdirs, trifast,
+cuequivariance-ops-torch-cu13 (29 MB) and cuequivariance-ops-cu13 (45 MB). Where what may be carried at once is less,
+carry them in calls before, the largest in parts (`split -b 20m`, there `cat`), while the machine is kept.
 
 Order: first, several processes at once, what needs no quiet machine: every kernel of every operation against float64,
 forward and all gradients, at the published widths, and the contract's grid thinned; layers and the model; and one call
