@@ -431,6 +431,21 @@ def test_settings_that_are_wrong(how, said):
         FrozenESM(language_model(), **how)
 
 
+@pytest.mark.parametrize("only_single", [False, True])
+def test_compiled_it_gives_the_same(only_single):
+    """The language model stands between two graphs: none can hold it, because the batch's numbers say what it reads."""
+    model, given, g = combiner(only_single).eval(), proteins(14), torch.Generator().manual_seed(0)
+    x = [torch.randn(2, 14, 32, generator=g), torch.randn(2, 14, 14, 16, generator=g), *given]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")(*x)
+        assert all(torch.equal(a, b) for a, b in zip(compiled, model(*x), strict=True))
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="FrozenESM"):
+            torch.compile(model, backend="eager", fullgraph=True)(*x)
+    torch._dynamo.reset()
+
+
 # In Multiflow's model -------------------------------------------------------------------------------------------------
 
 

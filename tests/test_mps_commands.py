@@ -162,6 +162,20 @@ def test_doctor(call, monkeypatch):
     assert {row["name"]: row["ok"] for row in report["toolchain"]}["MPS"] is True
 
 
+@pytest.mark.parametrize(
+    ("chip", "version", "well"),
+    [("M1", "2.13.0", False), ("M2 Max", "2.9.1", False), ("M1 Pro", "2.14.0", True), ("M4", "2.13.0+cpu", True)],
+)
+def test_doctor_warns_of_training_on_an_old_pytorch(chip, version, well, monkeypatch):
+    from foldkernels.cli import _toolchain
+
+    monkeypatch.setattr("foldkernels.kernels.cpu.name", lambda: f"Apple {chip}")
+    monkeypatch.setattr("torch.__version__", version)
+    with a_mac():
+        (found,) = (row for row in _toolchain.toolchain() if row["name"] == "MPS")
+    assert found["ok"] is well and ("2.14" in found["fix"]) is not well
+
+
 @pytest.mark.parametrize("operation", some(operations(), ["invariant_point_attention", "attention"]))
 def test_bench_of_an_operation(operation):
     subject = OperationSubject(operation, SMALL)
@@ -205,7 +219,7 @@ def test_the_answers_of_benchs_worker(subject, device):
         found = answerer.answer(
             {"what": "measure", "subject": spec, "point": point, "sides": sides, "rounds": 3, "memory": True}
         )["sides"]
-    assert known["one_process"] and set(sides) >= {"reference", "torch"}
+    assert known["one_process"] and "reference" in sides and len(sides) > 1
     for side in sides:
         assert "status" not in found[side], found[side]
         assert len(found[side]["seconds"]) == 3 and found[side]["memory_mb"] == 0.0
