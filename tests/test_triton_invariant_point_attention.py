@@ -30,6 +30,7 @@ PLAIN: dict[str, Any] = {
     "n": 17, "variant": "masked", "dtype": "float32", "z": None, "sizes": ODD, "lifted": (3, 5, 7, 6),
     "away": 0.0, "fault": "", "twice": False, "programs": 1,
     "fused": True, "queries": 8, "keys": 16, "heads": 8, "warps": 4, "stages": 2, "chunks": 1,
+    "descriptors": False,
 }  # fmt: skip
 both_ways = pytest.mark.parametrize("fused", [True, False], ids=["fused", "wide"])
 
@@ -218,7 +219,7 @@ def test_what_is_served_has_a_tile(capability):
             passes = ("forward", "backward")[: 1 + grad]
             for kernel, z, d in itertools.product(passes, {dtype, torch.bfloat16}, (40, 300)):
                 if not why:
-                    plans = tiles.plans_for(capability, kernel, z, h=h, cz=cz, d=d, dv=d)
+                    plans = tiles.plans_for(capability, kernel, z, h=h, cz=cz, d=d, dv=d, points=24)
                     assert plans and len(set(plans)) == len(plans)
                     assert not any(plan.fused and (d == 300 or z is torch.float32) for plan in plans)
                     assert all(plan.heads >= h and plan.queries >= 1 for plan in plans)
@@ -228,7 +229,7 @@ def test_published_sizes_are_served_everywhere():
     for capability in ((8, 0), (8, 9), (9, 0), (10, 0)):
         for dtype in (torch.float32, torch.bfloat16):
             assert not _why(capability=capability, dtype=dtype)
-        assert tiles.plans_for(capability, "forward", torch.bfloat16, h=8, cz=128, d=40, dv=52)[0].fused
+        assert tiles.plans_for(capability, "forward", torch.bfloat16, h=8, cz=128, d=40, dv=52, points=24)[0].fused
 
 
 def test_presets():

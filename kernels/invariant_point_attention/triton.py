@@ -3,7 +3,8 @@
 That holds for as many heads as a tile has, 16, or 8 where z is wider than 128; more are served in groups, one after the
 other.
 Queries and keys are lifted as for the kernel `torch`; beside a 16-bit z, each lifted number is the sum of two of 16
-bits, so that the logits are as good as float32's.
+bits, so that the logits are as good as float32's; where the tile is read by descriptors (`_tiles`), points are, and
+scalars are rounded to float16.
 """
 
 import torch
@@ -39,7 +40,8 @@ def run(
     there = mask if pair_mask is None else mask & (pair_mask & mask[:, None]).any(-1)
     some = heads_at_once(z.shape[-1])
     by_head = (*(x.split(some, 1) for x in lifted[:3]), bias_weight.split(some))
-    found = [ipa_triton(q, k, v, z, weight, there, pair_mask) for q, k, v, weight in zip(*by_head, strict=True)]
+    points = 3 * q_points.shape[-2]
+    found = [ipa_triton(q, k, v, z, weight, there, pair_mask, points) for q, k, v, weight in zip(*by_head, strict=True)]
     out = torch.cat([group[0] for group in found], 1) if len(found) > 1 else found[0][0]
     pair = torch.cat([group[1] for group in found], 2) if len(found) > 1 else found[0][1]
     return (*split_values(out, lifted.centre, there, v, v_points), pair.to(q.dtype))

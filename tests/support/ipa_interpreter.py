@@ -26,7 +26,7 @@ from foldkernels.kernels import accuracy, registry
 from foldkernels.kernels.custom import NoDoubleBackward
 from foldkernels.kernels.examples.builders import make
 from foldkernels.kernels.examples.case import Case
-from foldkernels.kernels.invariant_point_attention import _launch
+from foldkernels.kernels.invariant_point_attention import _launch, _launch_descriptors
 from foldkernels.kernels.invariant_point_attention import _tiles as tiles
 
 OPERATION = "invariant_point_attention"
@@ -47,8 +47,13 @@ def allow_the_cpu() -> None:
 def plan(case: Mapping[str, Any]) -> None:
     """Have the launcher run in a given way, so that few residues are several tiles."""
     wide = case["sizes"][-1] > tiles.CHUNK or case["chunks"] == 2
-    found = _launch.Plan(**{name: case[name] for name in _launch.Plan._fields[:-1]}, chunks=2 if wide else 1)
-    _launch.plans_for = lambda capability, kernel, dtype, **sizes: [found]
+    by_pointers = _launch.Plan(**{name: case[name] for name in _launch.Plan._fields[:-2]}, chunks=2 if wide else 1)
+    described = [by_pointers._replace(chunks=1, descriptors=True)] if case["descriptors"] else []
+
+    def plans(capability: Any, kernel: str, dtype: torch.dtype, **sizes: int) -> list[_launch.Plan]:
+        return [*described, by_pointers] if kernel == tiles.FORWARD else [by_pointers]
+
+    _launch.plans_for = plans
     _launch._PROGRAMS, _launch._FEWEST_BLOCKS = case["programs"], 1
 
 
@@ -100,12 +105,19 @@ def multiply_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measure(asked: dict[str, Any]) -> dict[str, Any]:
-    """Compare with the definition in float64."""
+    """Compare with the definition in float64; and how often descriptors were used."""
     with pytest.MonkeyPatch.context() as monkeypatch:
+        described, forward = [], _launch_descriptors.forward
+
+        def counted(*arguments: Any) -> Tensor:
+            described.append(1)
+            return forward(*arguments)
+
+        monkeypatch.setattr(_launch_descriptors, "forward", counted)
         # No table has a fused way for float32: there, products are exact, and the test is of the arithmetic alone.
         if not asked["fused"]:
             multiply_in_tf32(monkeypatch)
-        return compare(asked)
+        return {**compare(asked), "described": len(described)}
 
 
 def compare(asked: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +193,7 @@ class Traffic:
 
 
 def operands(asked: Mapping[str, Any]) -> list[Any]:
-    """What the operator takes: lifted q, k, v; z; bias_weight; there; pair_mask."""
+    """What the operator takes: lifted q, k, v; z; bias_weight; there; pair_mask; points."""
     g = torch.Generator().manual_seed(0)
     n, h, d, dv, cz = asked["n"], *asked["lifted"]
     dtype = getattr(torch, asked["z"] or "float32")
@@ -189,7 +201,7 @@ def operands(asked: Mapping[str, Any]) -> list[Any]:
     z = torch.randn(2, n, n, cz, generator=g).to(dtype)
     pair_mask = torch.rand(2, n, n, generator=g) < 0.8
     pair_mask[..., 0] = True
-    return [q, k, v, z, torch.randn(h, cz, generator=g), torch.ones(2, n, dtype=torch.bool), pair_mask]
+    return [q, k, v, z, torch.randn(h, cz, generator=g), torch.ones(2, n, dtype=torch.bool), pair_mask, 3]
 
 
 def count(asked: dict[str, Any]) -> dict[str, Any]:
