@@ -16,12 +16,13 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.t
 # One thread a process: the tests already run side by side.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 
-.PHONY: help install demo test test-all test-peers lint bench docs clean
+.PHONY: help install demo test test-all test-bare test-peers lint bench docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      a first look at what foldkernels does on this machine"
 	@echo "make test      the tests (make test-all: the slow ones too)"
+	@echo "make test-bare the tests, in an environment without any optional package"
 	@echo "make test-peers   fair-esm and boltz, from the package index, beside their accelerated copies"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     the benchmarks"
@@ -52,6 +53,10 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(PYTEST) --slow $(ARGS)
+
+# In a virtual environment of links into .venv: what `pip install .` alone brings, and the tests' tools.
+test-bare: $(INSTALLED)
+	$(PYTEST) --bare $(ARGS)
 
 # Other projects' own code, which `make test` never needs: into a folder beside .venv, without what they depend on.
 test-peers: $(INSTALLED)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from foldkernels.kernels import accuracy
-from foldkernels.kernels.accuracy import Ran
-from foldkernels.kernels.examples.builders import make, varied
+from foldkernels.kernels.examples import grid
+from foldkernels.kernels.examples.builders import make
 from foldkernels.kernels.examples.case import Case
 
 from . import multiflow_cpu, original_triangle
@@ -111,27 +111,6 @@ def published(operation: str, length: int, device: str) -> Case:
     return replace(case, values=values)
 
 
-@lru_cache(maxsize=256)
-def varied_case(operation: str, n: int, variant: str, size: int, **more: Any) -> Case:
-    """A point of the contract's grid: `plain` is one item without masks, any other three, each with its own mask."""
-    return varied(operation, n, 1 if variant == "plain" else 3, variant != "plain", size, seed=n, **more)
-
-
-@lru_cache(maxsize=64)
-def truth_and_plain(
-    operation: str,
-    n: int,
-    variant: str,
-    size: int,
-    dtype: torch.dtype,
-    device: str,
-    more: tuple[tuple[str, Any], ...] = (),
-) -> tuple[Ran, Ran]:
-    """Kept, because every kernel of the operation is compared with them."""
-    case = varied_case(operation, n, variant, size, **dict(more))
-    return accuracy.truth_and_plain(case, dtype, variant, device)
-
-
 @contextmanager
 def operation(item: Item, device: str) -> Iterator[Callable[[], object]]:
     """The call of one kernel; under `step` with every gradient."""
@@ -166,8 +145,8 @@ def check_operation(item: Item, device: str, n: int, variant: str, size: int, **
     What fails is in the words of a red check.
     """
     dtype = item.dtype
-    case = varied_case(of(item), n, variant, size, **more)
-    truth, plain = truth_and_plain(of(item), n, variant, size, dtype, device, tuple(more.items()))
+    case = grid.build(of(item), n, variant, size, **more)
+    truth, plain = grid.truth_and_plain(of(item), n, variant, size, dtype, device, tuple(more.items()))
     got, again = (accuracy.run(case, item.side, dtype, variant=variant, device=device) for _ in range(2))
     true, ours = truth.named(), got.named()
     errors = {name: accuracy.error(ours[name], x) / max(float(x.abs().max()), 1e-30) for name, x in true.items()}
@@ -191,8 +170,8 @@ def check_operation(item: Item, device: str, n: int, variant: str, size: int, **
 def forget() -> None:
     """Let go of cases and of what they gave: their memory is not that of what is measured next."""
     published.cache_clear()
-    varied_case.cache_clear()
-    truth_and_plain.cache_clear()
+    grid.build.cache_clear()
+    grid.truth_and_plain.cache_clear()
 
 
 # Layers and the model -------------------------------------------------------------------------------------------------

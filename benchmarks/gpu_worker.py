@@ -21,6 +21,7 @@ import torch
 
 from foldkernels.cli.benchmarking.timing import FLUSHED, event_seconds
 from foldkernels.kernels.accuracy import reasons
+from foldkernels.kernels.examples import grid
 from foldkernels.kernels.examples.builders import PUBLISHED, has_example
 from foldkernels.kernels.examples.case import Case
 
@@ -151,7 +152,7 @@ class Worker:
             points.append((33, "masked", {"away": 100.0}))
         for n, variant, more in points:
             for size in (0, 1):
-                case = gpu_subjects.varied_case(operation, n, variant, size, **more)
+                case = grid.build(operation, n, variant, size, **more)
                 if why_not(case, item.side, item.dtype, self.device):
                     continue
                 with _poisoned():
@@ -167,7 +168,7 @@ class Worker:
 
     def time(self, item: Item) -> dict[str, Any]:
         """Median and spread of a call, and what it adds to memory."""
-        gpu_subjects.truth_and_plain.cache_clear()
+        grid.truth_and_plain.cache_clear()
         if not item.subject.startswith("operation."):
             gpu_subjects.forget()
         with gpu_subjects.prepared(item, self.device) as run:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Debug, Device, Json, best_device, split, whole_numbers
+from .options import Debug, Device, Json, best_device, check_known, lengths_option, split, whole_numbers
 from .reporting import print_json, reported
 
 if TYPE_CHECKING:
@@ -65,10 +65,7 @@ def run(
             "mapping of keyword arguments, or the only one.",
         ),
     ] = None,
-    length: Annotated[
-        list[str] | None,
-        typer.Option("--length", "-l", metavar="N[,N...]", help="Residues.  [default: 64,128,256 on a CPU]"),
-    ] = None,
+    length: Annotated[list[str] | None, lengths_option("64,128,256 on a CPU")] = None,
     mode: Annotated[Mode, typer.Option("--mode", help="Without gradients, with all of them, or both.")] = Mode.BOTH,
     dtype: Annotated[
         list[str] | None,
@@ -185,19 +182,14 @@ def _plan(
     Raises:
         BadParameter: A word of it means nothing.
     """
-    from ..configs.kernel import did_you_mean
     from ..kernels import registry
     from .benchmarking import plan
     from .benchmarking.rows import MODES
     from .benchmarking.subjects import DTYPES
 
     known = sorted(registry.operations())
-    for name in operations:
-        if name not in known:
-            raise typer.BadParameter(f"no operation {name!r}{did_you_mean(name, known)}", param_hint="OPERATION")
-    for name in dtypes:
-        if name not in DTYPES:
-            raise typer.BadParameter(f"no type {name!r}{did_you_mean(name, list(DTYPES))}", param_hint="--dtype")
+    check_known(operations, known, "operation", "OPERATION")
+    check_known(dtypes, DTYPES, "type", "--dtype")
     where = device or best_device()
     kind = where.partition(":")[0]
     if kind not in plan.LENGTHS:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Debug, Device, Json, Kernel
+from .options import Debug, Device, Json, Kernel, check_known
 from .reporting import print_json, reported
 
 if TYPE_CHECKING:
@@ -55,11 +55,8 @@ def run(
     """
     from ..kernels.machine import MACHINES
 
-    if machine is not None and machine not in MACHINES:
-        from ..configs.kernel import did_you_mean
-
-        words = f"no machine {machine!r}{did_you_mean(machine, list(MACHINES))}"
-        raise typer.BadParameter(words, param_hint="--machine")
+    if machine is not None:
+        check_known([machine], MACHINES, "machine", "--machine")
 
     from ..kernels.explanation import explain
 

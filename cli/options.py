@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated
+from collections.abc import Collection, Iterable
+from typing import Annotated, Any
 
 import typer
 
@@ -31,6 +31,11 @@ Imports = Annotated[
 ]
 
 
+def lengths_option(default: str) -> Any:
+    """Lengths in residues, which `whole_numbers` reads, and what they are when none is given."""
+    return typer.Option("--length", "-l", metavar="N[,N...]", help=f"Residues.  [default: {default}]")
+
+
 def split(values: Iterable[str] | None) -> list[str]:
     """The parts of a repeatable option whose values may also be separated by commas."""
     return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
@@ -48,6 +53,25 @@ def whole_numbers(values: Iterable[str] | None, option: str) -> list[int]:
             raise typer.BadParameter(f"{part!r} is no whole number of at least 1", param_hint=option)
         numbers.append(int(part))
     return numbers
+
+
+def check_known(words: Iterable[str], known: Collection[str], what: str, option: str) -> None:
+    """See that each of some words is one of those that are known.
+
+    Args:
+        words: Them.
+        known: All that there are.
+        what: What they name.
+        option: Where they were given.
+
+    Raises:
+        BadParameter: One is not, with the nearest that is.
+    """
+    from ..configs.kernel import did_you_mean
+
+    for word in words:
+        if word not in known:
+            raise typer.BadParameter(f"no {what} {word!r}{did_you_mean(word, list(known))}", param_hint=option)
 
 
 def best_device() -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Debug, Device, Json, best_device, split, whole_numbers
+from .options import Debug, Device, Json, best_device, check_known, lengths_option, split, whole_numbers
 from .reporting import print_json, reported
 
 if TYPE_CHECKING:
@@ -70,10 +70,7 @@ def run(
             show_default=False,
         ),
     ] = None,
-    length: Annotated[
-        list[str] | None,
-        typer.Option("--length", "-l", metavar="N[,N...]", help=f"Residues.  [default: {','.join(map(str, LENGTHS))}]"),
-    ] = None,
+    length: Annotated[list[str] | None, lengths_option(",".join(map(str, LENGTHS)))] = None,
     operation: Annotated[
         list[str] | None,
         typer.Option("--operation", "-o", metavar="NAME[,NAME...]", help="Which operations.  [default: all]"),
@@ -152,23 +149,14 @@ def _words(kernel: list[str] | None, option: str) -> list[str]:
 
 
 def _operations(names: list[str]) -> list[str]:
-    from ..configs.kernel import did_you_mean
     from ..kernels.registry import operations
 
-    known = sorted(operations())
-    for name in names:
-        if name not in known:
-            raise typer.BadParameter(f"no operation {name!r}{did_you_mean(name, known)}", param_hint="--operation")
+    check_known(names, sorted(operations()), "operation", "--operation")
     return names
 
 
 def _precisions(names: list[str]) -> list[str]:
-    from ..configs.kernel import did_you_mean
-
-    for name in names:
-        if name not in PRECISIONS:
-            words = f"no precision {name!r}{did_you_mean(name, list(PRECISIONS))}"
-            raise typer.BadParameter(words, param_hint="--precision")
+    check_known(names, PRECISIONS, "precision", "--precision")
     return list(dict.fromkeys(names))
 
 

@@ -1,6 +1,8 @@
-"""What all tests share: one thread each, the golden data, and `--slow`."""
+"""What all tests share: one thread each, the golden data, `--slow`, and `--bare`, without any optional package."""
 
 import os
+import subprocess
+import tempfile
 from pathlib import Path
 
 # Before torch is imported: the tests run side by side, and threads that share a core make each other slow.
@@ -14,6 +16,23 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+    parser.addoption("--bare", action="store_true", help="run in an environment without any optional package")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """With `--bare`: the same tests by the Python of a new environment (support/bare.py), and nothing here."""
+    if not config.getoption("--bare"):
+        return None
+    from .support import bare
+
+    capture = config.pluginmanager.getplugin("capturemanager")
+    capture.suspend_global_capture(in_=True)
+    with tempfile.TemporaryDirectory() as folder:
+        python = bare.make(Path(folder) / "venv")
+        arguments = [argument for argument in config.invocation_params.args if argument != "--bare"]
+        command = [python, "-m", "pytest", *map(str, arguments)]
+        return subprocess.call(command, env=os.environ | {"FOLDKERNELS_TESTS_BARE": "1"})
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

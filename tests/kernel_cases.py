@@ -3,7 +3,6 @@
 Inputs and the rule are the package's own (`kernels/examples`, `kernels/accuracy.py`). A new kernel needs nothing here.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -11,8 +10,8 @@ import torch
 
 from foldkernels.kernels import accuracy, registry
 from foldkernels.kernels.accuracy import Ran
-from foldkernels.kernels.examples.builders import varied
 from foldkernels.kernels.examples.case import Case
+from foldkernels.kernels.examples.grid import build
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 DEVICES = (
@@ -33,27 +32,6 @@ def operations() -> list[str]:
 def kernels() -> list[tuple[str, str]]:
     """Every operation's every kernel, as the registry knows them."""
     return [(operation, kernel) for operation in operations() for kernel in sorted(registry.kernels(operation))]
-
-
-@lru_cache(maxsize=256)
-def build(operation: str, n: int, variant: str = "plain", size: int = 0, **more: Any) -> Case:
-    """`plain` is one item without masks; every other variant is three items, each masked in its own way."""
-    batch = 1 if variant == "plain" else 3
-    return varied(operation, n, batch, variant != "plain", size, seed=n, **more)
-
-
-@lru_cache(maxsize=64)
-def truth_and_plain(
-    operation: str,
-    n: int,
-    variant: str,
-    size: int,
-    dtype: torch.dtype,
-    device: str,
-    more: tuple[tuple[str, Any], ...] = (),
-) -> tuple[Ran, Ran]:
-    """The definition in float64, and what plain PyTorch makes of the same inputs at `dtype`."""
-    return accuracy.truth_and_plain(build(operation, n, variant, size, **dict(more)), dtype, variant, device)
 
 
 def skip_unless_it_runs(case: Case, kernel: str, dtype: torch.dtype, device: str, grad: bool = True) -> None:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # benchmarks/ is no part of the package: it is run from the root, and imported from there
     sys.path.append(str(ROOT))
 
+pytest.importorskip("einops", reason="the original formulas, which it times, use einops")
 suite: Any = importlib.import_module("benchmarks.gpu_suite")
 subjects: Any = importlib.import_module("benchmarks.gpu_subjects")
 worker: Any = importlib.import_module("benchmarks.gpu_worker")

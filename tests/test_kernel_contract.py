@@ -14,6 +14,7 @@ from foldkernels.kernels.custom import NoDoubleBackward
 from foldkernels.kernels.examples.builders import BUILDERS, DROPOUTS
 from foldkernels.kernels.examples.case import Case
 from foldkernels.kernels.examples.draws import Draws
+from foldkernels.kernels.examples.grid import truth_and_plain
 from foldkernels.kernels.examples.layouts import VARIANTS
 
 from .kernel_cases import (
@@ -25,7 +26,6 @@ from .kernel_cases import (
     kernels,
     operations,
     skip_unless_it_runs,
-    truth_and_plain,
 )
 
 LENGTHS = (1, 2, 7, 15, 16, 17, 31, 33, 64, 100, 101, 127, 129, 200, 201)

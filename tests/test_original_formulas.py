@@ -24,6 +24,7 @@ GOLDENS = ROOT / "tests" / "goldens" / "multiflow"
 if str(ROOT) not in sys.path:  # benchmarks/ is no part of the package: it is run from the root, and imported from there
     sys.path.append(str(ROOT))
 
+pytest.importorskip("einops", reason="the original formulas use einops")
 measure: Any = importlib.import_module("benchmarks.measure")
 multiflow_cpu: Any = importlib.import_module("benchmarks.multiflow_cpu")
 original_formulas: Any = importlib.import_module("benchmarks.original_formulas")

@@ -6,7 +6,6 @@ No GPU is needed, and none is used: what a chip makes of that code, and how fast
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +31,7 @@ PLAIN: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
     """Ask the interpreter about a case: `PLAIN`, but for what is named."""
-    with interpreter(Path(__file__).parent / "support" / "triton_interpreter.py", PLAIN) as answer:
+    with interpreter("triton_interpreter", PLAIN) as answer:
         yield lambda **case: answer(**{"m": case.get("n", PLAIN["n"]), **case})
 
 

@@ -4,7 +4,6 @@ IPA's is in its own file.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ PLAIN: dict[str, Any] = {"operation": "", "autocast": False, "lengths": [9, 19, 
 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
-    with interpreter(Path(__file__).parent / "support" / "compile_interpreter.py", PLAIN) as answer:
+    with interpreter("compile_interpreter", PLAIN) as answer:
         yield answer
 
 

@@ -5,7 +5,6 @@ No GPU is needed, and none is used: what a chip makes of that code, and how fast
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +32,7 @@ PLAIN: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
     """Ask the interpreter about a case: `PLAIN`, but for what is named."""
-    with interpreter(Path(__file__).parent / "support" / "edge_interpreter.py", PLAIN) as answer:
+    with interpreter("edge_interpreter", PLAIN) as answer:
         yield answer
 
 

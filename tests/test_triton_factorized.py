@@ -5,7 +5,6 @@ No GPU is needed, and none is used: what a chip makes of that code, and how fast
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ PLAIN: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
-    with interpreter(Path(__file__).parent / "support" / "factorized_interpreter.py", PLAIN) as found:
+    with interpreter("factorized_interpreter", PLAIN) as found:
         yield found
 
 

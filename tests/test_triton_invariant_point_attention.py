@@ -38,7 +38,7 @@ both_ways = pytest.mark.parametrize("fused", [True, False], ids=["fused", "wide"
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
     """Ask the interpreter about a case: `PLAIN`, but for what is named."""
-    with interpreter(HERE / "support" / "ipa_interpreter.py", PLAIN) as answer:
+    with interpreter("ipa_interpreter", PLAIN) as answer:
         yield answer
 
 

@@ -22,7 +22,7 @@ PLAIN: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def ask_there() -> Iterator[Ask]:
-    with interpreter(Path(__file__).parent / "support" / "tune_interpreter.py", PLAIN) as answer:
+    with interpreter("tune_interpreter", PLAIN) as answer:
         yield answer
 
 

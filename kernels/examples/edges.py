@@ -15,23 +15,30 @@ from .points import COORDINATES, invariant_point_attention_case
 _TRANSITION = "weight_1 bias_1 weight_2 bias_2 weight_out bias_out norm_weight norm_bias".split()
 
 
-def edge_transition_case(n: int, b: int, masked: bool, sizes: Mapping[str, int], seed: int) -> Case:
-    """Multiflow's pair update."""
-    cn, cz, cz_out = (sizes[name] for name in ("cn", "cz", "cz_out"))
+def _transition(r: Draws, b: int, n: int, cn: int, cz: int, cz_out: int) -> dict[str, Tensor]:
+    """What a pair update takes: residues, pairs, and its weights."""
     hidden = cz + 2 * cn
-    r = Draws(seed)
-    mask = r.residues(b, n) if masked else None
-    values: dict[str, Tensor | None] = {
+    return {
         "nodes": r.normal(b, n, cn),
         "z": r.normal(b, n, n, cz),
-        "weight_1": r.weight(hidden, hidden, scale=hidden**-0.5),
+        "weight_1": r.linear(hidden, hidden),
         "bias_1": r.weight(hidden, scale=0.5),
-        "weight_2": r.weight(hidden, hidden, scale=hidden**-0.5),
+        "weight_2": r.linear(hidden, hidden),
         "bias_2": r.weight(hidden, scale=0.5),
-        "weight_out": r.weight(cz_out, hidden, scale=hidden**-0.5),
+        "weight_out": r.linear(cz_out, hidden),
         "bias_out": r.weight(cz_out, scale=0.5),
         "norm_weight": r.weight(cz_out),
         "norm_bias": r.weight(cz_out),
+    }
+
+
+def edge_transition_case(n: int, b: int, masked: bool, sizes: Mapping[str, int], seed: int) -> Case:
+    """Multiflow's pair update."""
+    cn, cz, cz_out = (sizes[name] for name in ("cn", "cz", "cz_out"))
+    r = Draws(seed)
+    mask = r.residues(b, n) if masked else None
+    values: dict[str, Tensor | None] = {
+        **_transition(r, b, n, cn, cz, cz_out),
         "mask": mask,
     }
 
@@ -120,20 +127,10 @@ def edge_transition_attention_case(
 ) -> Case:
     """A pair update and the attention on its result; where nothing reads `z` later, it is not kept."""
     h, cn, cz = (sizes[name] for name in ("h", "cn", "cz"))
-    hidden = cz + 2 * cn
     r = Draws(seed)
     ipa = invariant_point_attention_case(n, b, masked, sizes, seed)
     drawn: dict[str, Tensor | None] = {
-        "nodes": r.normal(b, n, cn),
-        "z": r.normal(b, n, n, cz),
-        "weight_1": r.weight(hidden, hidden, scale=hidden**-0.5),
-        "bias_1": r.weight(hidden, scale=0.5),
-        "weight_2": r.weight(hidden, hidden, scale=hidden**-0.5),
-        "bias_2": r.weight(hidden, scale=0.5),
-        "weight_out": r.weight(cz, hidden, scale=hidden**-0.5),
-        "bias_out": r.weight(cz, scale=0.5),
-        "norm_weight": r.weight(cz),
-        "norm_bias": r.weight(cz),
+        **_transition(r, b, n, cn, cz, cz),
         "bias_weight": r.weight(h, cz, scale=cz**-0.5),
         # The fused pass has no second mask, and needs the first.
         "mask": ipa.values["mask"],

@@ -13,6 +13,17 @@ from .draws import Draws, both
 COORDINATES = frozenset({"q_points", "k_points", "v_points"})
 
 
+def _attending(r: Draws, b: int, n: int, sizes: Mapping[str, int], away: float) -> dict[str, Tensor]:
+    """Queries, keys and values, as scalars and as points, and what weighs the points."""
+    h, c, p, pv = (sizes[name] for name in ("h", "c", "p", "pv"))
+    points = dict(zip(("q_points", "k_points", "v_points"), (p, p, pv), strict=True))
+    return {
+        **{name: r.normal(b, n, h, c) for name in "qkv"},
+        **{name: r.normal(b, n, h, number, 3, scale=1.5) + away for name, number in points.items()},
+        "point_weights": r.normal(h).abs() + 0.3,
+    }
+
+
 def invariant_point_attention_case(
     n: int, b: int, masked: bool, sizes: Mapping[str, int], seed: int, dropout: float = 0.0, away: float = 0.0
 ) -> Case:
@@ -25,13 +36,7 @@ def invariant_point_attention_case(
         pair_mask[:, ::3] = False  # rows without a key
         pair_mask[:, n // 2] = True
     values: dict[str, Tensor | None] = {
-        "q": r.normal(b, n, h, c),
-        "k": r.normal(b, n, h, c),
-        "v": r.normal(b, n, h, c),
-        "q_points": r.normal(b, n, h, p, 3, scale=1.5) + away,
-        "k_points": r.normal(b, n, h, p, 3, scale=1.5) + away,
-        "v_points": r.normal(b, n, h, pv, 3, scale=1.5) + away,
-        "point_weights": r.normal(h).abs() + 0.3,
+        **_attending(r, b, n, sizes, away),
         "z": r.normal(b, n, n, cz),
         "bias_weight": r.weight(h, cz, scale=cz**-0.5),
         "logit_bias": r.weight(h),
@@ -85,13 +90,7 @@ def factorized_point_attention_case(
     r = Draws(seed)
     mask = r.residues(b, n) if masked else None
     values: dict[str, Tensor | None] = {
-        "q": r.normal(b, n, h, c),
-        "k": r.normal(b, n, h, c),
-        "v": r.normal(b, n, h, c),
-        "q_points": r.normal(b, n, h, p, 3, scale=1.5) + away,
-        "k_points": r.normal(b, n, h, p, 3, scale=1.5) + away,
-        "v_points": r.normal(b, n, h, pv, 3, scale=1.5) + away,
-        "point_weights": r.normal(h).abs() + 0.3,
+        **_attending(r, b, n, sizes, away),
         "b1": r.normal(b, n, h, rank) if with_bias else None,
         "b2": r.normal(b, n, h, rank) if with_bias else None,
         "z1": r.normal(b, n, rank, cp) if with_pair else None,

@@ -5,14 +5,7 @@ Answers with one a line: the largest difference from the eager call, of outputs 
 value; how many graphs; the outputs' types; or `raised`.
 """
 
-import dataclasses
-import json
-import os
-import sys
-import traceback
 from typing import Any
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -22,11 +15,7 @@ from foldkernels.kernels.accuracy import required
 from foldkernels.kernels.examples.builders import SMALL, make
 from foldkernels.kernels.examples.case import Case
 
-
-def allow_the_cpu(operation: str) -> None:
-    """The interpreter's kernels run where `supports` says that they do not."""
-    ours = registry.kernels(operation)["triton"]
-    registry.register(dataclasses.replace(ours, supports=lambda request: [], needs=()))
+from .interpreted import allow_the_cpu, answer_questions
 
 
 def leaves(case: Case) -> tuple[dict[str, Any], list[torch.Tensor]]:
@@ -43,7 +32,7 @@ def leaves(case: Case) -> tuple[dict[str, Any], list[torch.Tensor]]:
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
     operation, lengths = asked["operation"], asked["lengths"]
     sizes = SMALL if asked["sizes"] is None else asked["sizes"]
-    allow_the_cpu(operation)
+    allow_the_cpu([operation])
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     most, types = 0.0, []
@@ -69,17 +58,5 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     return {"most": most, "graphs": counter.frame_count, "types": types, "ran": sorted(set(ran))}
 
 
-def main() -> None:
-    """Answer until the questions end."""
-    torch.set_num_threads(1)
-    answers, sys.stdout = sys.stdout, sys.stderr
-    for line in sys.stdin:
-        try:
-            found = answer(json.loads(line))
-        except Exception:
-            found = {"raised": traceback.format_exc()}
-        print(json.dumps(found), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer_questions(answer)

@@ -3,22 +3,16 @@
 As `triton_interpreter.py`: one JSON object a line in, a case; one a line out, the errors by name, or `raised`.
 """
 
-import json
-import os
-import sys
-import traceback
 from typing import Any
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from torch import Tensor
 
 from foldkernels.kernels import blocks
-from foldkernels.kernels.custom import NoDoubleBackward
 from foldkernels.kernels.edge_transition import _rows, _tiles, _triton, reference, triton
 
-FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}
+from .interpreted import FLOOR, answer_questions, poison_memory, second_derivative
+
 #: Beyond twice plain PyTorch's error in 16 bits: the definition widens everything to float32, and rounds its result
 #: only; here hidden layers and their gradients are rounded where a product takes them. Up to 1.1 was seen.
 EXCEEDS = {torch.float32: 1.0, torch.bfloat16: 1.5, torch.float16: 1.0}
@@ -147,13 +141,7 @@ def check_operators(case: dict[str, Any]) -> dict[str, Any]:
     operator = _triton.edge_transition_triton
     found = torch.library.opcheck(operator, (leaves[0], leaves[1:], x.get("mask"), 1e-3))
     out = operator(leaves[0], leaves[1:], x.get("mask"), 1e-3)
-    (once,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
-    try:
-        once.sum().backward()
-        twice = "nothing raised"
-    except NoDoubleBackward as error:
-        twice = str(error)
-    return {"opcheck": found, "twice": twice}
+    return {"opcheck": found, "twice": second_derivative(out.square().sum(), leaves[0])}
 
 
 def count_loads(case: dict[str, Any]) -> dict[str, Any]:
@@ -179,29 +167,20 @@ def count_loads(case: dict[str, Any]) -> dict[str, Any]:
     return {"loaded": counted[0], "numbers": x["z"].numel()}
 
 
-def main() -> None:
-    """Answer until the questions end."""
-    torch.set_num_threads(1)
-    # Memory that was asked for and not yet written holds NaN.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    tiles = dict(_tiles.TILES)
-    answers, sys.stdout = sys.stdout, sys.stderr
-    for line in sys.stdin:
-        case = json.loads(line)
-        _tiles.TILES = tiles
-        if case["tile"]:  # a small one: several tiles a row, several blocks of columns
-            _tiles.TILES = dict.fromkeys(tiles, (_tiles.Tile(*case["tile"]),) * 3)
-        _tiles.PART = case["part"]
-        blocks._PAIRS_PER_THREAD = dict.fromkeys((torch.float64, torch.float32), case["pairs"])
-        blocks._PAIRS_PER_THREAD_16_BIT = case["pairs"]
-        try:
-            do = {"operators": check_operators, "loads": count_loads}.get(case["what"], measure)
-            answer = do(case)
-        except Exception:
-            answer = {"raised": traceback.format_exc()}
-        print(json.dumps(answer), file=answers, flush=True)
+TILES = dict(_tiles.TILES)
+
+
+def answer(case: dict[str, Any]) -> dict[str, Any]:
+    _tiles.TILES = TILES
+    if case["tile"]:  # a small one: several tiles a row, several blocks of columns
+        _tiles.TILES = dict.fromkeys(TILES, (_tiles.Tile(*case["tile"]),) * 3)
+    _tiles.PART = case["part"]
+    blocks._PAIRS_PER_THREAD = dict.fromkeys((torch.float64, torch.float32), case["pairs"])
+    blocks._PAIRS_PER_THREAD_16_BIT = case["pairs"]
+    do = {"operators": check_operators, "loads": count_loads}.get(case["what"], measure)
+    return do(case)
 
 
 if __name__ == "__main__":
-    main()
+    poison_memory()
+    answer_questions(answer)

@@ -5,23 +5,17 @@ a case; answers with one JSON object a line: for each output and gradient its er
 error of plain PyTorch; or `raised`.
 """
 
-import json
-import os
-import sys
-import traceback
 from collections.abc import Callable
 from typing import Any
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from torch import Tensor
 
-from foldkernels.kernels.custom import NoDoubleBackward
 from foldkernels.kernels.factorized_point_attention import reference
 from foldkernels.kernels.factorized_point_attention import triton as kernel
 
-FLOOR = {"float32": 1e-6, "bfloat16": 2e-3, "float16": 2e-3}
+from .interpreted import FLOOR, answer_questions, poison_memory, second_derivative
+
 #: Beyond that rule in 16 bits, where weights, and what the pair factors are asked for, are rounded before a product;
 #: up to 3.7 was seen, of the points' weights, whose gradient sums over all pairs.
 EXCEEDS = {"float32": 1.0, "bfloat16": 4.0, "float16": 4.0}
@@ -95,7 +89,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         largest = max(largest, largest_gradient) if largest < 1e-9 * largest_gradient else largest
         answer[name] = {
             "error": (got[name].double() - true).abs().max().item(),
-            "may_be": EXCEEDS[case["dtype"]] * (2 * of_plain + FLOOR[case["dtype"]] * largest),
+            "may_be": EXCEEDS[case["dtype"]] * (2 * of_plain + FLOOR[getattr(torch, case["dtype"])] * largest),
             "of_plain": of_plain,
             "dtype": str(got[name].dtype),
             "same": torch.equal(got[name], again[name]),
@@ -117,30 +111,13 @@ def check_operators(case: dict[str, Any]) -> dict[str, Any]:
     leaves = [torch.randn(*shape, generator=g).requires_grad_() for shape in shapes]
     ends = torch.full((b,), n - 1, dtype=torch.int32)
     found = torch.library.opcheck(operator, (*leaves, ends))
-    (once,) = torch.autograd.grad(operator(*leaves, ends)[0].square().sum(), leaves[:1], create_graph=True)
-    try:
-        once.sum().backward()
-        twice = "nothing raised"
-    except NoDoubleBackward as error:
-        twice = str(error)
-    return {"opcheck": found, "twice": twice}
+    return {"opcheck": found, "twice": second_derivative(operator(*leaves, ends)[0].square().sum(), leaves[0])}
 
 
-def main() -> None:
-    """Answer until the questions end."""
-    torch.set_num_threads(1)
-    # Memory that was asked for and not yet written holds NaN.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    answers, sys.stdout = sys.stdout, sys.stderr
-    for line in sys.stdin:
-        case = json.loads(line)
-        try:
-            answer = check_operators(case) if case.get("operators") else measure(case)
-        except Exception:
-            answer = {"raised": traceback.format_exc()}
-        print(json.dumps(answer), file=answers, flush=True)
+def answer(case: dict[str, Any]) -> dict[str, Any]:
+    return check_operators(case) if case.get("operators") else measure(case)
 
 
 if __name__ == "__main__":
-    main()
+    poison_memory()
+    answer_questions(answer)

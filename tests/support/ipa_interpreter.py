@@ -6,14 +6,8 @@ may be, and the error of plain PyTorch; or `raised`.
 """
 
 import dataclasses
-import json
-import os
-import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy
 import pytest
@@ -22,26 +16,19 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from triton.runtime import interpreter
 
-from foldkernels.kernels import accuracy, registry
-from foldkernels.kernels.custom import NoDoubleBackward
+from foldkernels.kernels import accuracy
 from foldkernels.kernels.examples.builders import make
 from foldkernels.kernels.examples.case import Case
 from foldkernels.kernels.invariant_point_attention import _launch, _launch_descriptors
 from foldkernels.kernels.invariant_point_attention import _tiles as tiles
 
+from .interpreted import FLOOR, allow_the_cpu, answer_questions, poison_memory, second_derivative
+
 OPERATION = "invariant_point_attention"
-#: What an error may be beyond twice plain PyTorch's, as a part of the largest value.
-FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}
 #: Beyond that rule beside a 16-bit z: weights and their gradients are rounded before their products, where the
 #: definition computes in float32 and rounds its results only; and gradients to bfloat16, beside float16 too, where they
 #: would underflow. Up to 1.7 was seen in bfloat16, 2.3 in float16.
 EXCEEDS = {torch.float32: 1.0, torch.bfloat16: 2.5, torch.float16: 2.5}
-
-
-def allow_the_cpu() -> None:
-    """The interpreter's kernels run where `supports` says that they do not."""
-    ours = registry.kernels(OPERATION)["triton"]
-    registry.register(dataclasses.replace(ours, supports=lambda request: [], needs=()))
 
 
 def plan(case: Mapping[str, Any]) -> None:
@@ -231,12 +218,7 @@ def operators(asked: dict[str, Any]) -> dict[str, Any]:
         (out.detach(), pair.detach(), *detached),
         test_utils=("test_schema", "test_faketensor"),
     )
-    (once,) = torch.autograd.grad(out.square().sum() + pair.sum(), leaves[:1], create_graph=True)
-    try:
-        once.sum().backward()
-        twice = "nothing raised"
-    except NoDoubleBackward as error:
-        twice = str(error)
+    twice = second_derivative(out.square().sum() + pair.sum(), leaves[0])
     return {"forward": found, "backward": of_backward, "twice": twice, "lse_differentiable": lse.requires_grad}
 
 
@@ -292,22 +274,12 @@ def far_apart(asked: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def main() -> None:
-    """Answer until the questions end."""
-    torch.set_num_threads(1)
-    # Memory that was asked for and not yet written holds NaN.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    allow_the_cpu()
-    answers, sys.stdout = sys.stdout, sys.stderr
-    for line in sys.stdin:
-        try:
-            asked = json.loads(line)
-            answer = globals()[asked["ask"]](asked)
-        except Exception:
-            answer = {"raised": traceback.format_exc()}
-        print(json.dumps(answer), file=answers, flush=True)
+def answer(asked: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = globals()[asked["ask"]](asked)
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    poison_memory()
+    allow_the_cpu([OPERATION])
+    answer_questions(answer)

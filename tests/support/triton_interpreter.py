@@ -5,14 +5,8 @@ a case; answers with one JSON object a line: for each output and gradient its er
 error of plain PyTorch; or `raised`.
 """
 
-import json
-import os
-import sys
-import traceback
 from collections.abc import Callable
 from typing import Any
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from torch import Tensor
@@ -24,8 +18,8 @@ from foldkernels.kernels.attention_pair_bias import triton as sequence
 from foldkernels.kernels.triangle_attention import reference as triangle_reference
 from foldkernels.kernels.triangle_attention import triton as triangle
 
-#: What an error may be beyond twice plain PyTorch's, as a part of the largest value.
-FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}
+from .interpreted import FLOOR, answer_questions, poison_memory, second_derivative
+
 #: Beyond that rule in 16 bits, as PyTorch's own fused attention: weights and their gradients are rounded before the
 #: second product, and the output before its product with the gradient. Up to 1.7 was seen in bfloat16.
 EXCEEDS = {torch.float32: 1.0, torch.bfloat16: 2.5, torch.float16: 2.5}
@@ -152,37 +146,21 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 def check_operators(case: dict[str, Any]) -> dict[str, Any]:
     """Run PyTorch's own checks of a custom operator, and ask for a second derivative."""
-    from foldkernels.kernels.custom import NoDoubleBackward
     from foldkernels.kernels.triangle_attention._triton import triangle_attention_triton as operator
 
     x = inputs(case)
     leaves = [stored(x[name], case["layout"]).detach().requires_grad_() for name in ("q", "k", "v", "bias")]
     found = torch.library.opcheck(operator, (*leaves, x["mask"]))
-    (once,) = torch.autograd.grad(operator(*leaves, x["mask"])[0].square().sum(), leaves[:1], create_graph=True)
-    try:
-        once.sum().backward()
-        twice = "nothing raised"
-    except NoDoubleBackward as error:
-        twice = str(error)
-    return {"opcheck": found, "twice": twice, "lse_differentiable": operator(*leaves, x["mask"])[1].requires_grad}
+    out, lse = operator(*leaves, x["mask"])
+    twice = second_derivative(out.square().sum(), leaves[0])
+    return {"opcheck": found, "twice": twice, "lse_differentiable": lse.requires_grad}
 
 
-def main() -> None:
-    """Answer until the questions end."""
-    torch.set_num_threads(1)
-    # Memory that was asked for and not yet written holds NaN.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    answers, sys.stdout = sys.stdout, sys.stderr
-    for line in sys.stdin:
-        case = json.loads(line)
-        _biased_attention_launch._PROGRAMS = case["programs"]
-        try:
-            answer = check_operators(case) if case.get("operators") else measure(case)
-        except Exception:
-            answer = {"raised": traceback.format_exc()}
-        print(json.dumps(answer), file=answers, flush=True)
+def answer(case: dict[str, Any]) -> dict[str, Any]:
+    _biased_attention_launch._PROGRAMS = case["programs"]
+    return check_operators(case) if case.get("operators") else measure(case)
 
 
 if __name__ == "__main__":
-    main()
+    poison_memory()
+    answer_questions(answer)

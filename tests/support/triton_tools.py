@@ -1,6 +1,7 @@
 """Triton without a GPU: a process that runs its interpreter, and what ptxas makes of compiled code."""
 
 import json
+import os
 import re
 import select
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 try:
     import triton
 except ImportError as error:
+    PTXAS = Path()
     WHY_NOT = f"triton cannot be imported: {error}"
 else:
     PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -31,11 +33,18 @@ CHIPS = {80: (8, 0), 89: (8, 9), 90: (9, 0), 100: (10, 0)}
 
 
 @contextmanager
-def interpreter(script: Path, plain: Mapping[str, Any]) -> Iterator[Ask]:
-    """Ask a script that runs beside us, in Triton's interpreter, about a case: `plain`, but for what is named."""
+def interpreter(script: str, plain: Mapping[str, Any]) -> Iterator[Ask]:
+    """Ask a script that runs beside us, in Triton's interpreter, about a case: `plain`, but for what is named.
+
+    Args:
+        script: Its name in this folder.
+        plain: The case, as far as a question names nothing else.
+    """
+    here = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(here), "TRITON_INTERPRET": "1"}
     with tempfile.TemporaryFile("w+") as log:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
-        process = subprocess.Popen([sys.executable, "-P", str(script)], **pipes)
+        process = subprocess.Popen([sys.executable, "-P", "-m", f"support.{script}"], env=env, **pipes)
         assert process.stdin is not None and process.stdout is not None
 
         def answer(**case: Any) -> dict[str, Any]:

@@ -5,16 +5,9 @@ one a line: what was found and what is kept, or the exit code and what was print
 """
 
 import contextlib
-import dataclasses
 import io
-import json
-import os
-import sys
-import traceback
 from collections.abc import Callable
 from typing import Any
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
@@ -25,18 +18,13 @@ from foldkernels.kernels import registry, tile_cache
 from foldkernels.kernels.examples.builders import SMALL, make
 from foldkernels.kernels.tuning import tune
 
+from .interpreted import allow_the_cpu, answer_questions, poison_memory
+
 
 def clock(run: Any) -> float:
     """Runs a tile, and takes the sum of its numbers for its time: the smallest one wins."""
     run()
     return float(sum(int(x) for x in run.args[0]))
-
-
-def allow_the_cpu() -> None:
-    """The interpreter's kernels run where `supports` says that they do not."""
-    for operation in registry.operations():
-        if (ours := registry.kernels(operation).get("triton")) is not None:
-            registry.register(dataclasses.replace(ours, supports=lambda request: []))
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
@@ -78,22 +66,9 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
         return {"tuned": [x.as_dict() for x in found], "told": told, "kept": tile_cache.stored()}
 
 
-def main() -> None:
-    """Answer until the questions end."""
-    torch.set_num_threads(1)
-    # Memory that was asked for and not yet written holds NaN.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+if __name__ == "__main__":
+    poison_memory()
     tile_cache.milliseconds = clock
     tile_cache.gpu_and_compiler = lambda device: "a stand-in"
-    allow_the_cpu()
-    answers, sys.stdout = sys.stdout, sys.stderr
-    for line in sys.stdin:
-        try:
-            found = answer(json.loads(line))
-        except Exception:
-            found = {"raised": traceback.format_exc()}
-        print(json.dumps(found), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    allow_the_cpu(registry.operations())
+    answer_questions(answer)
