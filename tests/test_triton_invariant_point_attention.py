@@ -17,6 +17,7 @@ from foldkernels.kernels import chips, registry
 from foldkernels.kernels.invariant_point_attention import _tiles as tiles
 
 from .support.ipa_compiled import Cell, compiled, variants
+from .support.sass import loop
 from .support.triton_tools import Ask, interpreter, right, slow, with_triton, wrong
 from .support.usage_table import assert_written_down, cases, hold
 
@@ -91,6 +92,92 @@ def test_sizes(ask, sizes, fused, z):
     right(ask(n=5, sizes=sizes, fused=fused, z=z, variant="masked", queries=2))
 
 
+#: Channels of z that fill rows of 16 bytes.
+DESCRIBED = {"dtype": "bfloat16", "descriptors": True, "sizes": (3, 4, 2, 5, 24)}
+
+
+@with_triton
+@pytest.mark.parametrize("n", [1, 7, *slow(2, 15, 16, 17, 31, 33)])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_descriptors(ask, n, dtype):
+    """Outputs and every gradient where the forward pass reads through descriptors, masks of both kinds among them."""
+    found = ask(**{**DESCRIBED, "n": n, "dtype": dtype, "queries": 4})
+    right(found)
+    assert found["described"] == 1
+    assert all(x["as_plain"] for x in found.values() if isinstance(x, dict))
+
+
+@with_triton
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (5, 7, 7, 3, 104),
+        pytest.param(PUBLISHED, marks=pytest.mark.slow),
+        pytest.param((1, 1, 1, 1, 8), marks=pytest.mark.slow),
+        pytest.param((7, 32, 4, 8, 72), marks=pytest.mark.slow),
+        pytest.param((2, 33, 3, 2, 200), marks=pytest.mark.slow),
+        pytest.param((8, 16, 8, 12, 256), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_descriptors_of_all_sizes(ask, sizes):
+    """Heads and channels that are no power of two, an odd number of scalars, wide pairs."""
+    found = ask(**{**DESCRIBED, "n": 5, "sizes": sizes, "queries": 2})
+    right(found)
+    assert found["described"] == 1
+
+
+@with_triton
+@pytest.mark.parametrize("away", [0.0, 100.0], ids=["centred", "100 nm away"])
+def test_descriptors_and_points_far_from_the_origin(ask, away):
+    """Beside float32 scalars and points, too."""
+    found = ask(**{**DESCRIBED, "n": 7, "dtype": "float32", "z": "bfloat16", "away": away})
+    right(found)
+    assert found["described"] == 1
+
+
+@with_triton
+@pytest.mark.slow
+def test_descriptors_and_keys_in_parts(ask):
+    """Three parts of keys, joined; a second item, which no tile at an edge reaches into; the same bits again."""
+    found = ask(**{**DESCRIBED, "n": 33, "programs": 1000, "queries": 16, "twice": True, "sizes": (1, 4, 2, 3, 8)})
+    right(found)
+    assert found["described"] == 2
+    assert all(x["same"] for x in found.values() if isinstance(x, dict))
+
+
+@with_triton
+@pytest.mark.parametrize(
+    ("variant", "sizes", "described"),
+    [
+        ("spread", DESCRIBED["sizes"], 1),
+        ("transposed", DESCRIBED["sizes"], 0),
+        ("expanded", DESCRIBED["sizes"], 0),
+        ("masked", ODD, 0),
+    ],
+    ids=["channels apart", "transposed", "expanded", "rows of 12 bytes"],
+)
+def test_what_no_descriptor_holds_is_read_by_pointers(ask, variant, sizes, described):
+    """Channels that lie apart are copied first, as for pointers; the others run without descriptors."""
+    found = ask(**{**DESCRIBED, "n": 7, "variant": variant, "sizes": sizes})
+    right(found)
+    assert found["described"] == described
+
+
+@with_triton
+@pytest.mark.parametrize("fault", ["flipped mask", "lost bias", "lost points", "transposed z", "no scalars"])
+def test_the_comparison_sees_a_mistake_beside_descriptors(ask, fault):
+    seen = " ".join(wrong(ask(**{**DESCRIBED, "n": 5, "fault": fault, "sizes": (1, 4, 2, 3, 8)})))
+    assert all(f"{name}: " in seen for name in ("out", "points", "pair")), seen
+
+
+@with_triton
+def test_what_a_descriptor_holds(ask):
+    """By address, strides and sizes alone: see the script's table."""
+    found = ask(ask="describable")
+    assert found["wrong"] == [] and found["cases"] == 12
+
+
 @with_triton
 @both_ways
 def test_keys_in_parts_and_every_run_the_same(ask, fused):
@@ -120,9 +207,28 @@ def test_z_is_loaded_once_a_pass(ask, programs, fused):
 
 
 @with_triton
+@pytest.mark.parametrize("programs", [1, 1000], ids=["whole", "parts"])
+def test_z_is_loaded_once_through_descriptors(ask, programs):
+    found = ask(ask="count", **{**DESCRIBED, "z": "bfloat16", "lifted": (3, 5, 7, 24), "programs": programs})
+    assert found["forward"] == [1, 1]
+
+
+@with_triton
+def test_offsets_of_descriptors_are_64_bits_wide(ask):
+    """Items of z more than 2^31 numbers apart; rows that lie farther apart than items are read by pointers."""
+    found = ask(ask="far_apart", axes=["items"], n=3, lifted=(1, 5, 7, 8), z="bfloat16", descriptors=True)
+    assert found == {"items": True}
+
+
+@with_triton
 def test_offsets_are_64_bits_wide(ask):
     """Rows, keys and batch items of z more than 2^31 numbers apart."""
-    assert ask(ask="far_apart", n=3, lifted=(1, 5, 7, 6), z="bfloat16") == {"rows": True, "keys": True, "items": True}
+    axes = ["rows", "keys", "items"]
+    assert ask(ask="far_apart", axes=axes, n=3, lifted=(1, 5, 7, 6), z="bfloat16") == {
+        "rows": True,
+        "keys": True,
+        "items": True,
+    }
 
 
 @with_triton
@@ -157,8 +263,12 @@ STACK = {("bf16", 128): 96, ("bf16", 256): 256, ("fp32", 128): 512, ("fp32", 256
 def test_it_compiles_and_fits(variant, tmp_path):
     """Within the chip's shared memory and what was committed; products on the tensor cores; one load of z."""
     code = variant.compile()
-    _, dtype, _, _, _, channels, _ = variant.name.split()
-    hold(TABLE, variant, code, tmp_path, STACK[dtype, int(channels)])
+    _, dtype, _, way, _, channels, _ = variant.name.split()
+    found = hold(TABLE, variant, code, tmp_path, STACK[dtype, int(channels)])
+    if "descriptors" in way:
+        assert found.stack == 0
+        _assert_copied_ahead(code)
+        return
     assert ("tf32" in code.asm["ptx"]) == (dtype == "fp32")
     assert re.search(r"mma\.sync", code.asm["ptx"])
     # One load in the loop for each chunk of z's channels; 16-bit tiles are on their way to memory before their turn,
@@ -172,11 +282,42 @@ def test_it_compiles_and_fits(variant, tmp_path):
         assert not waits and set(ahead) == set(chunks)
 
 
+def _assert_copied_ahead(code: Any) -> None:
+    """z, both terms of the keys and the values come through the copy engine, each into two buffers in turn."""
+    ttgir, ptx = code.asm["ttgir"], code.asm["ptx"]
+    for name in ("z_tile", "k_high", "k_low", "v_tile"):
+        assert re.search(rf"%{name}\w* = ttg.local_alloc : \(\) -> !ttg.memdesc<2x", ttgir), name
+        assert not re.search(rf"%{name}\w* = (tt\.load|ttg\.async_copy)", ttgir), name
+    body = ttgir[ttgir.index("scf.for") :]
+    assert body[: body.index("scf.yield")].count("ttng.async_tma_copy_global_to_local") == 4
+    # Four for the first two tiles each, and four in the loop.
+    assert len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.\S*mbarrier", ptx)) >= 12
+    assert "mbarrier.try_wait" in ptx and "mma.sync" in ptx
+
+
 @with_triton
+@pytest.mark.parametrize("masked", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_descriptors_take_half_the_instructions(masked, tmp_path):
+    """Instructions of the loop for each pair of residues, on 9.0 at the published size."""
+    taken = []
+    for described in (0, 32):
+        cell = Cell(90, "forward", tiles.HALF, True, 8, 128, described)
+        plan = cell.plans()[0]
+        body = loop(compiled(cell, plan, "ieee", masked=masked), tmp_path)
+        taken.append(len(body) * plan.warps / (plan.queries * plan.keys))
+    print(f"by pointers {taken[0]:.1f}, by descriptors {taken[1]:.1f}")
+    assert taken[1] < 18
+    assert taken[1] < taken[0] / 2
+
+
+@with_triton
+@pytest.mark.parametrize("described", [0, 32], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
-def test_sizes_of_one_compile(kernel):
+def test_sizes_of_one_compile(kernel, described):
     """One item, one block of keys, one residue: Triton takes a 1 for a constant."""
-    cell = Cell(90, kernel, tiles.HALF, True, 8, 128)
+    if described and kernel == "backward":
+        pytest.skip("the backward pass has no kernel with descriptors")
+    cell = Cell(90, kernel, tiles.HALF, True, 8, 128, described)
     assert compiled(cell, cell.plans()[0], "ieee", masked=False, ones=("items", "blocks_a_part", "n")).asm["cubin"]
 
 
@@ -223,6 +364,27 @@ def test_what_is_served_has_a_tile(capability):
                     assert plans and len(set(plans)) == len(plans)
                     assert not any(plan.fused and (d == 300 or z is torch.float32) for plan in plans)
                     assert all(plan.heads >= h and plan.queries >= 1 for plan in plans)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0), None])
+def test_descriptors_are_for_chips_that_have_them(capability):
+    """Never the first choice, never the only one; 16 bits, the forward pass, and widths for which there is a tile."""
+    published = {"h": 8, "cz": 128, "d": 40, "dv": 52, "points": 24}
+
+    def described(kernel="forward", dtype=torch.bfloat16, **sizes):
+        plans = tiles.plans_for(capability, kernel, dtype, **{**published, **sizes})
+        assert not plans[0].descriptors
+        return [plan.queries for plan in plans if plan.descriptors]
+
+    if capability is None:
+        assert tiles._described(capability, 8, 128, 32) == []
+        return
+    have = capability in ((9, 0), (10, 0))
+    assert described() == ([16, 8] if have else [])
+    assert described(d=96, points=48) == ([8, 4] if have else [])
+    assert described(cz=256) == ([8, 4] if have else [])
+    assert described(kernel="backward") == described(dtype=torch.float32) == described(h=9) == []
+    assert described(d=120) == described(dv=65) == described(cz=256, d=96, points=48) == []
 
 
 def test_published_sizes_are_served_everywhere():

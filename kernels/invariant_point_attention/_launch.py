@@ -205,7 +205,9 @@ def _forward_as(plan: Plan, call: Call, bias_weight: Tensor) -> tuple[Tensor, Te
         else:
             logits = call.logits()
         programs = parts * call.b * -(-call.n // plan.queries)
-        call.launch("forward", plan, programs, call.z, weight, *operands, logits, call.mask, call.there, outs, pairs, lses)
+        call.launch(
+            "forward", plan, programs, call.z, weight, *operands, logits, call.mask, call.there, outs, pairs, lses
+        )
     lse, shares = _joined(lses, call.there)
     pair = (pairs * shares.transpose(2, 3)[..., None]).sum(0) if parts > 1 else pairs[0]
     if not plan.fused:

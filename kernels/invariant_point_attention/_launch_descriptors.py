@@ -4,6 +4,7 @@ A descriptor is made here, on the host, beside the arguments of each launch: it 
 that outlives the launch.
 """
 
+import itertools
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,7 +51,7 @@ def describable(z: Tensor) -> bool:
     if TensorDescriptor is None or z.dim() == 0 or 0 in z.shape or z.data_ptr() % _ALIGNED:
         return False
     strides, size = strides_of(z), z.element_size()
-    apart = all(outer >= inner > 0 for outer, inner in zip(strides, strides[1:], strict=False))
+    apart = all(outer >= inner > 0 for outer, inner in itertools.pairwise(strides))
     outer = [stride * size for stride in strides[:-1]]
     return (
         strides[-1] == 1
@@ -84,8 +85,10 @@ class Operands(NamedTuple):
 
 
 def operands(call: "Call") -> Operands:
-    """Lay them out. Points keep two terms of float16, since their logits are differences of large numbers; scalars one,
-    which is no worse than what z, of 16 bits itself, adds to the same logits.
+    """Lay them out.
+
+    Points keep two terms of float16, since their logits are differences of large numbers; scalars one, which is no
+    worse than what z, of 16 bits itself, adds to the same logits.
     """
     points, scalars = call.points, call.d - 1 - call.points
     half = -(-scalars // 2)

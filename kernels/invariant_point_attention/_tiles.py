@@ -95,6 +95,9 @@ TABLE: Mapping[int, Mapping[Variant, Mapping[tuple[int, int], Tile]]] = {
 #: These are tried by `foldkernels tune`, and not taken unmeasured: neither they nor the pointers have run on a GPU, and
 #: what a driver says to a descriptor no compiler tells. They should win: 16 rows take 17 instructions a pair on 9.0
 #: where 8 rows by pointers take 38, and read 120 bytes of keys and values a pair beside z's 256, not 320.
+#:
+#: No more than 8 heads: 16 in 8 rows ask for 233,536 bytes, and in 4 rows take 72 instructions a pair; 32 in 4 rows ask
+#: for 332,352 bytes and spill 472 on 9.0, 2,464 on 10.0, where the product with the bias weight goes to tensor memory.
 DESCRIBED: Mapping[int, Mapping[tuple[int, int, int], Tile]] = {
     232_448: {
         (8, 128, 32): (16, 16, 8, 3),

@@ -3,8 +3,12 @@
 That holds for as many heads as a tile has, 16, or 8 where z is wider than 128; more are served in groups, one after the
 other.
 Queries and keys are lifted as for the kernel `torch`; beside a 16-bit z, each lifted number is the sum of two of 16
-bits, so that the logits are as good as float32's; where the tile is read by descriptors (`_tiles`), points are, and
-scalars are rounded to float16.
+bits, so that the logits are as good as float32's.
+
+On chips of capability 9.0 and more the forward pass beside a 16-bit z and up to 8 heads has a second way to read its
+tiles, through tensor descriptors: 16 query rows a program, half the instructions. There points are the sum of two
+numbers and scalars are rounded to float16. `foldkernels tune` tries it; unmeasured it is not taken. A z that no
+descriptor holds (expanded, transposed, or its rows not aligned to 16 bytes) is read by pointers.
 """
 
 import torch

@@ -73,9 +73,7 @@ def variant(cell: Cell, plan: tiles.Plan, precision: str) -> Variant:
     return Variant(cell.arch, name, first, quick, partial(compiled, cell, plan, precision))
 
 
-def compiled(
-    cell: Cell, plan: tiles.Plan, precision: str, *, masked: bool = True, ones: tuple[str, ...] = ()
-) -> Any:
+def compiled(cell: Cell, plan: tiles.Plan, precision: str, *, masked: bool = True, ones: tuple[str, ...] = ()) -> Any:
     """A cell's code in one of its tiles, at the largest sizes that take it.
 
     Args:

@@ -157,9 +157,9 @@ class Traffic:
         builder = interpreter.InterpreterBuilder
         load, store = builder.create_masked_load, builder.create_masked_store
 
-        def reading(of: Any, pointers: Any, mask: Any, *more: Any) -> Any:
+        def reading(of: Any, pointers: Any, mask: Any, *more: Any, **named: Any) -> Any:
             self.seen["read"].append(pointers.data[mask.data.astype(bool)].ravel())
-            return load(of, pointers, mask, *more)
+            return load(of, pointers, mask, *more, **named)
 
         def writing(of: Any, pointers: Any, value: Any, mask: Any, *more: Any) -> Any:
             self.seen["written"].append(pointers.data[mask.data.astype(bool)].ravel())
@@ -248,6 +248,30 @@ def compiled(asked: dict[str, Any]) -> dict[str, Any]:
     return {**found, "graphs": counter.frame_count}
 
 
+def describable(asked: dict[str, Any]) -> dict[str, Any]:
+    """Tensors that a descriptor holds, and such as it does not."""
+    z = torch.zeros(2, 3, 4, 24, dtype=torch.bfloat16)
+    wide, odd = torch.zeros(2, 3, 4, 32, dtype=torch.bfloat16), torch.zeros(2, 3, 4, 23, dtype=torch.bfloat16)
+    shifted = torch.zeros(2 * 3 * 4 * 24 + 8, dtype=torch.bfloat16)
+    one = torch.zeros(1, 3, 4, 24, dtype=torch.bfloat16)
+    cases = [
+        (z, True),
+        (wide[..., :24], True),  # rows apart
+        (wide[..., :23], True),  # channels that fill no row
+        (wide[:, :, ::2], True),
+        (shifted[8:].view_as(z), True),
+        (one.as_strided(one.shape, (7, 96, 24, 1)), True),  # one item: its stride means nothing
+        (odd, False),  # rows of 46 bytes
+        (shifted[1:-7].view_as(z), False),  # starts between
+        (z.transpose(1, 2), False),
+        (z[:1].expand(2, -1, -1, -1), False),
+        (torch.zeros(2, 3, 4, 24, 2, dtype=torch.bfloat16)[..., 0], False),  # channels apart
+        (z[:, :0], False),
+    ]
+    wrong = [i for i, (x, holds) in enumerate(cases) if _launch_descriptors.describable(x) is not holds]
+    return {"wrong": wrong, "cases": len(cases)}
+
+
 def far_apart(asked: dict[str, Any]) -> dict[str, Any]:
     """Rows of z more than 2^31 numbers apart give what they give side by side."""
     plan(asked)
@@ -264,6 +288,8 @@ def far_apart(asked: dict[str, Any]) -> dict[str, Any]:
         # It would copy all of the memory onto itself.
         monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *ignored: None)
         for name, stride in strides.items():
+            if name not in asked["axes"]:
+                continue
             reach = sum((size - 1) * step for size, step in zip(z.shape, stride, strict=True)) + 1
             far = torch.empty(reach, dtype=z.dtype).as_strided(z.shape, stride)
             far.copy_(z)
