@@ -8,7 +8,8 @@ machine; the median and the quietest twentieth are kept, as other work on the ma
 
 * `bound`: `function_for` with a module's token, as `bind` leaves it; `unbound` reads the environment as well.
 * `entry`: the whole operation around a kernel that does nothing (the choice, the types, autocast, the tensors' sizes).
-* `python`: an empty Python function with as many arguments, called directly: what no entry can be cheaper than.
+* `python`: an empty Python function with as many arguments, called directly: what no entry can be cheaper than. A
+  choice costs what `bound` takes beyond it; what `entry` takes beyond `bound` is the operation's own.
 
 A compiled graph holds the chosen function itself, and makes no choice.
 """

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from . import side_by_side
-from .measure import compare, machine
 
 #: esm2_t6_8M_UR50D, and the widths of Multiflow's published model that its features are mixed into.
 LAYERS, WIDTH, HEADS = 6, 320, 20
@@ -208,37 +207,13 @@ def check(task: Task) -> tuple[bool, str]:
 
 
 def measure_row(task: Mapping[str, Any], pairs: int) -> dict[str, Any]:
-    """Check, then time. Runs in a fresh process.
-
-    Args:
-        task: A `Task` as a mapping.
-        pairs: Interleaved pairs; 0 for the check alone.
-
-    Returns:
-        `correct`, `check`, `time`, `kernels`, `machine`: the parts of a `Row`.
-    """
-    import foldkernels
-
-    this = Task(**task)
-    torch.set_num_threads(this.threads)
-    correct, words = check(this)
-    timed = compare(runner(this, False), runner(this, True), pairs) if correct and pairs else None
-    with foldkernels.record_kernels() as ran:
-        runner(replace(this, length=TINY_LENGTH), True)()
-    return {
-        "correct": correct,
-        "check": words,
-        "time": asdict(timed) if timed else None,
-        "kernels": sorted(set(ran)),
-        "machine": asdict(machine()),
-    }
+    """Check, then time. Runs in a fresh process; the parts of a `Row`."""
+    return side_by_side.check_and_time(Task(**task), pairs, check, runner, TINY_LENGTH)
 
 
 def prepare_memory(task: Mapping[str, Any], ours: bool) -> tuple[Callable[[], object], Callable[[], object]]:
     """A warm-up on a tiny sequence, and the call whose memory is measured. Runs in a fresh process."""
-    this = Task(**task)
-    torch.set_num_threads(this.threads)
-    return runner(replace(this, length=TINY_LENGTH), ours), runner(this, ours)
+    return side_by_side.warm_up_and_call(Task(**task), ours, runner, TINY_LENGTH)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 from foldkernels.cli.benchmarking.fits import power_law
 
 from . import side_by_side
-from .measure import compare, extra_peak_memory, machine
+from .measure import extra_peak_memory, machine
 from .original_flash_ipa import lifted_attention
 
 PUBLISHED = {"h": 8, "c": 128, "p": 8, "pv": 12, "r": 2, "cp": 32}
@@ -134,28 +134,12 @@ def check(task: Task) -> tuple[bool, str]:
 
 def measure_row(task: Mapping[str, Any], pairs: int) -> dict[str, Any]:
     """Check, then time. Runs in a fresh process; the parts of a `Row`."""
-    import foldkernels
-
-    this = Task(**task)
-    torch.set_num_threads(this.threads)
-    correct, words = check(this)
-    timed = compare(runner(this, False), runner(this, True), pairs) if correct and pairs else None
-    with foldkernels.record_kernels() as ran:
-        runner(replace(this, length=TINY_LENGTH), True)()
-    return {
-        "correct": correct,
-        "check": words,
-        "time": asdict(timed) if timed else None,
-        "kernels": sorted({str(kernel) for kernel in ran}),
-        "machine": asdict(machine()),
-    }
+    return side_by_side.check_and_time(Task(**task), pairs, check, runner, TINY_LENGTH)
 
 
-def prepare_memory(task: Mapping[str, Any], our_side: bool) -> tuple[Callable[[], object], Callable[[], object]]:
+def prepare_memory(task: Mapping[str, Any], ours: bool) -> tuple[Callable[[], object], Callable[[], object]]:
     """A warm-up on a tiny chain, and the call whose memory is measured. Runs in a fresh process."""
-    this = Task(**task)
-    torch.set_num_threads(this.threads)
-    return runner(replace(this, length=TINY_LENGTH), our_side), runner(this, our_side)
+    return side_by_side.warm_up_and_call(Task(**task), ours, runner, TINY_LENGTH)
 
 
 # Growth ---------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from foldkernels.cli.benchmarking import judging
 from foldkernels.cli.benchmarking.draws import draw_chains, draw_weights
 
 from . import original_formulas, side_by_side
-from .measure import compare, machine
 
 PUBLISHED: dict[str, Any] = {
     "node_embed_size": 256,
@@ -344,46 +343,15 @@ def _double(value: Tensor) -> Tensor:
     return value.double() if value.is_floating_point() else value
 
 
-def kernels_that_ran(task: Task) -> list[str]:
-    """Names of the kernels of one call of our side."""
-    if task.self_check:
-        return ["original formulas"]
-    import foldkernels
-
-    run = runner(replace(task, length=TINY_LENGTH), ours=True)
-    with foldkernels.record_kernels() as ran:
-        run()
-    return sorted({str(kernel) for kernel in ran})
-
-
 def measure_row(task: Mapping[str, Any], pairs: int) -> dict[str, Any]:
-    """Check, then time. Runs in a fresh process.
-
-    Args:
-        task: a `Task` as a mapping.
-        pairs: interleaved pairs; 0 for the check alone.
-
-    Returns:
-        `correct`, `check`, `time`, `kernels`, `machine`: the parts of a `Row`.
-    """
-    this = Task(**task)
-    torch.set_num_threads(this.threads)
-    correct, words = check(this)
-    timed = compare(runner(this, False), runner(this, True), pairs) if correct and pairs else None
-    return {
-        "correct": correct,
-        "check": words,
-        "time": asdict(timed) if timed else None,
-        "kernels": kernels_that_ran(this) if correct else [],
-        "machine": asdict(machine()),
-    }
+    """Check, then time. Runs in a fresh process; the parts of a `Row`."""
+    found = side_by_side.check_and_time(Task(**task), pairs, check, runner, TINY_LENGTH)
+    return {**found, "kernels": ["original formulas"]} if task["self_check"] else found
 
 
 def prepare_memory(task: Mapping[str, Any], ours: bool) -> tuple[Callable[[], object], Callable[[], object]]:
     """A warm-up on a tiny chain, and the call whose memory is measured. Runs in a fresh process."""
-    this = Task(**task)
-    torch.set_num_threads(this.threads)
-    return runner(replace(this, length=TINY_LENGTH), ours), runner(this, ours)
+    return side_by_side.warm_up_and_call(Task(**task), ours, runner, TINY_LENGTH)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -11,16 +11,59 @@ import argparse
 import fnmatch
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .measure import Comparison, Machine, Row, extra_peak_memory, in_fresh_process, write_rows
+import torch
+
+from foldkernels.kernels.registry import record_kernels
+
+from .measure import Comparison, Machine, Row, compare, extra_peak_memory, in_fresh_process, machine, write_rows
 
 RESULTS = Path(__file__).parent / "results"
 
 MeasureRow = Callable[[Mapping[str, Any], int], dict[str, Any]]
 PrepareMemory = Callable[[Mapping[str, Any], bool], tuple[Callable[[], object], Callable[[], object]]]
+
+Runner = Callable[[Any, bool], Callable[[], object]]
+
+
+def check_and_time(
+    task: Any, pairs: int, check: Callable[[Any], tuple[bool, str]], runner: Runner, tiny: int
+) -> dict[str, Any]:
+    """What a benchmark's `measure_row` does.
+
+    Args:
+        task: The row, which also has `threads` and a `length`.
+        pairs: Interleaved pairs; 0 for the check alone.
+        check: Whether our side is right, and in words how right it is.
+        runner: Gives the call of a side: ours or not.
+        tiny: The length at which the kernels that run are asked for.
+
+    Returns:
+        `correct`, `check`, `time`, `kernels`, `machine`: the parts of a `Row`.
+    """
+    torch.set_num_threads(task.threads)
+    correct, words = check(task)
+    timed = compare(runner(task, False), runner(task, True), pairs) if correct and pairs else None
+    with record_kernels() as ran:
+        runner(replace(task, length=tiny), True)()
+    return {
+        "correct": correct,
+        "check": words,
+        "time": asdict(timed) if timed else None,
+        "kernels": sorted(set(ran)),
+        "machine": asdict(machine()),
+    }
+
+
+def warm_up_and_call(
+    task: Any, ours: bool, runner: Runner, tiny: int
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """What a benchmark's `prepare_memory` gives: a warm-up at a tiny length, and the call whose memory is measured."""
+    torch.set_num_threads(task.threads)
+    return runner(replace(task, length=tiny), ours), runner(task, ours)
 
 
 def arguments(prog: str, description: str, names: Sequence[str], output: str) -> argparse.ArgumentParser:

@@ -16,14 +16,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import original_triangle, side_by_side
-from .measure import compare, machine
 from .multiflow_cpu import draw_weights
 
 C_S, C_Z, HEADS, SINGLE_HEADS = 384, 128, 4, 16
@@ -210,29 +209,13 @@ def check(task: Task) -> tuple[bool, str]:
 
 
 def measure_row(task: Mapping[str, Any], pairs: int) -> dict[str, Any]:
-    """Check, then time. Runs in a fresh process."""
-    from foldkernels.kernels.registry import record_kernels
-
-    this = Task(**task)
-    torch.set_num_threads(this.threads)
-    correct, words = check(this)
-    timed = compare(runner(this, False), runner(this, True), pairs) if correct and pairs else None
-    with record_kernels() as ran:
-        runner(replace(this, length=TINY_LENGTH), True)()
-    return {
-        "correct": correct,
-        "check": words,
-        "time": asdict(timed) if timed else None,
-        "kernels": sorted({str(kernel) for kernel in ran}),
-        "machine": asdict(machine()),
-    }
+    """Check, then time. Runs in a fresh process; the parts of a `Row`."""
+    return side_by_side.check_and_time(Task(**task), pairs, check, runner, TINY_LENGTH)
 
 
-def prepare_memory(task: Mapping[str, Any], ours_: bool) -> tuple[Callable[[], object], Callable[[], object]]:
+def prepare_memory(task: Mapping[str, Any], ours: bool) -> tuple[Callable[[], object], Callable[[], object]]:
     """A warm-up on a tiny chain, and the call whose memory is measured. Runs in a fresh process."""
-    this = Task(**task)
-    torch.set_num_threads(this.threads)
-    return runner(replace(this, length=TINY_LENGTH), ours_), runner(this, ours_)
+    return side_by_side.warm_up_and_call(Task(**task), ours, runner, TINY_LENGTH)
 
 
 def select(options: argparse.Namespace) -> list[Task]:

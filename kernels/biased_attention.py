@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from .blocks import Scratch, block_dtype, pairs_per_block, slices
 from .custom import no_double_backward
+from .products import dot_product_attention
 from .tensors import widest
 
 _LOGITS_PER_PAIR = 128  # a block of logits may be as large as a block of pairs with their channels
@@ -98,7 +98,7 @@ def attend(
         for some in slices(q.shape[2], tile.queries):
             queries = q[rows, :, some].to(dtype)
             over = biases.of(rows, some).expand(len(queries), -1, -1, -1)
-            out[rows, :, some] = F.scaled_dot_product_attention(queries, keys, values, attn_mask=over)
+            out[rows, :, some] = dot_product_attention(queries, keys, values, over)
         _zero_without_keys(out[rows], allowed)
 
 
@@ -125,7 +125,7 @@ def _product(
     add: bool = False,
 ) -> None:
     """Write a scaled batched product, or add it to what is there."""
-    if len(left) == 1 and into.dtype is left.dtype:
+    if len(left) == 1 and into.dtype is left.dtype and into.device.type != "mps":  # see `products`
         into[0].baddbmm_(left[0], right[0], beta=1.0 if add else 0.0, alpha=scale)
         return
     product = left @ right
@@ -153,8 +153,9 @@ def attend_backward(
 
     The attended values, which cost one product more here, are written to `out` if it is given.
     """
-    # On a CPU the weights of 16-bit data are computed in float32: their gradient is a difference of like numbers.
-    dtype = widest(q) if q.device.type == "cpu" else q.dtype
+    # On a CPU (and a Mac) the weights of 16-bit data are computed in float32: their gradient is a difference of like
+    # numbers.
+    dtype = widest(q) if q.device.type in ("cpu", "mps") else q.dtype
     wide, tile, scale = widest(q), _tile(q, k), q.shape[-1] ** -0.5
     biases = _Bias(bias.to(wide), mask)
     scratch = Scratch(q, wide)

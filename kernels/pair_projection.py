@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .blocks import block_dtype, norm_dtype, row_blocks
 from .custom import no_double_backward
-from .rows import accumulate_, layer_norm_backward, zeros_like_wide
+from .products import accumulate_
+from .rows import layer_norm_backward, zeros_like_wide
 from .tensors import widest
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from ..configs.presets import candidates
 from ..configs.resolve import ENVIRONMENT_VARIABLE, resolve_kernel
 from . import machine
 from .requests import Decision, Dims, Kernel, KernelFunction, Operation, Reason, Request
-from .tensors import under_autocast
+from .tensors import constant, floating_type
 
 ENTRY_POINT_GROUP = "foldkernels.kernels"
 
@@ -216,6 +216,12 @@ _fused: dict[tuple[Any, ...], bool] = {}
 _thresholds: dict[str, tuple[int, ...]] = {}
 _recorders: list[list[str]] = []
 _demanded: dict[str, str] = {}
+#: Answers that are kept, of each kind: lengths times sizes times kinds of call, and then it starts anew.
+_MOST_ANSWERS = 16384
+_Answer = TypeVar("_Answer")
+_is_compiling = torch.compiler.is_compiling
+#: The variable's name as `os.environ` keeps it.
+_VARIABLE = getattr(os.environ, "encodekey", str)(ENVIRONMENT_VARIABLE)
 
 
 @lru_cache(maxsize=256)
@@ -229,10 +235,15 @@ def _environment_token(variable: str) -> str:
     return token(resolve_kernel(environment=variable).config)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def precision(config: str) -> str:
     """What the configuration behind a token allows a kernel to round to; the empty token reads the environment."""
-    return settings_of(_token(config)).precision
+    return _precision(config or _token(config))
+
+
+@lru_cache(maxsize=256)
+def _precision(config: str) -> str:
+    return settings_of(config).precision
 
 
 def token(config: KernelConfig) -> str:
@@ -249,7 +260,7 @@ def length_class(operation: str, length: int) -> int:
     return reached
 
 
-@torch.compiler.assume_constant_result
+@constant
 def thresholds(operation: str) -> tuple[int, ...]:
     """The lengths at which some kernel of the operation, or of one that it fuses, changes its mind, in order."""
     if operation not in _thresholds:
@@ -258,12 +269,6 @@ def thresholds(operation: str) -> tuple[int, ...]:
         edges = {edge for name in names for kernel in kernels(name).values() for edge in kernel.thresholds}
         _thresholds[operation] = tuple(sorted(edges))
     return _thresholds[operation]
-
-
-def floating_type(like: Tensor) -> torch.dtype:
-    """The type that `like` is computed in: its own, or what autocast makes of it."""
-    dtype = like.dtype
-    return torch.get_autocast_dtype(like.device.type) if dtype is not torch.float64 and under_autocast(like) else dtype
 
 
 def _fixed(dims: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
@@ -295,23 +300,31 @@ def function_for(
     Raises:
         KernelUnavailable: See `decide`.
     """
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         # Who is recording is not asked: a compiled graph would depend on it, and be made again for each.
         name = _choose(operation, like, dims, length, grad, config, options)
     else:
-        # One look-up, of what is at hand: forwards of small proteins make thousands of these calls a second.
-        device, dtype, reached = like.device, floating_type(like), length_class(operation, length)
-        key = (operation, config or _token(config), device, dtype, grad, reached, tuple(dims.items()), tuple(options))
+        # One look-up, of what is at hand: forwards of small proteins make thousands of these calls a second. The length
+        # stands for its class, which takes longer to find than the answer.
+        dtype = floating_type(like)
+        key = (operation, config or _environment(), like.device, dtype, grad, length, options, *dims.items())
         try:
             name = _decided[key]
         except (KeyError, TypeError):
             name = _choose(operation, like, dims, length, grad, config, options)
-            with suppress(TypeError):  # sizes that a tracer made symbols cannot be looked up
-                _decided[key] = name
+            _remember(_decided, key, name)
         for recorder in _recorders:
             recorder.append(name)
     function: KernelFunction = getattr(_loaded, name)
     return function
+
+
+def _remember(answers: dict[tuple[Any, ...], _Answer], key: tuple[Any, ...], answer: _Answer) -> None:
+    """Keep the answer to a call. Sizes that a tracer made symbols, and options in a list, cannot be looked up."""
+    if len(answers) >= _MOST_ANSWERS:
+        answers.clear()
+    with suppress(TypeError):
+        answers[key] = answer
 
 
 def _choose(
@@ -331,14 +344,14 @@ def _choose(
         like.device.index,
         floating_type(like),
         grad,
-        torch.compiler.is_compiling(),
+        _is_compiling(),
         length_class(operation, length),
         _fixed(dims),
         tuple(sorted(options)),
     )
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _chosen(
     operation: str,
     config: str,
@@ -370,8 +383,18 @@ def _token(config: str) -> str:
     """A module's token, or the environment's where the module has none."""
     if config:
         return config
-    # Asked for in this order, as a variable that is not set is slow to get.
-    return _environment_token(os.environ[ENVIRONMENT_VARIABLE] if ENVIRONMENT_VARIABLE in os.environ else "")  # noqa: SIM401
+    return _environment_token(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+
+
+def _environment() -> object:
+    """What stands for the environment's configuration in a key: the variable's value, as the system holds it.
+
+    `os.environ.get` takes more than a microsecond for a variable that is not set, the dictionary behind it a twentieth.
+    """
+    try:
+        return os.environ._data.get(_VARIABLE)  # type: ignore[attr-defined]
+    except AttributeError:  # another Python's environment, or one that somebody put in its place
+        return os.environ.get(ENVIRONMENT_VARIABLE)
 
 
 def _request(
@@ -422,6 +445,20 @@ def common_kernel(
         grad: Whether a backward pass may follow.
         config: A module's token.
     """
+    if _is_compiling():
+        return _commonly(operation, like, dims, length, grad, config)
+    dtype = floating_type(like)
+    key = (operation, config or _environment(), like.device, dtype, grad, length, *dims.items())
+    try:
+        return _fused[key]
+    except (KeyError, TypeError):
+        answer = _commonly(operation, like, dims, length, grad, config)
+        _remember(_fused, key, answer)
+        return answer
+
+
+def _commonly(operation: str, like: Tensor, dims: Mapping[str, int], length: int, grad: bool, config: str) -> bool:
+    """What `_common` says of a call."""
     return _common(
         operation,
         config,
@@ -429,13 +466,13 @@ def common_kernel(
         like.device.index,
         floating_type(like),
         grad,
-        torch.compiler.is_compiling(),
+        _is_compiling(),
         length_class(operation, length),
         _fixed(dims),
     )
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _common(
     operation: str,
     config: str,

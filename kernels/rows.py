@@ -28,22 +28,6 @@ def add_rows(rows: Tensor, columns: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def accumulate_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add a product to a running sum; a sum that is wider than the factors keeps its width."""
-    if total.dtype is left.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(torch.mm(left, right))
-
-
-def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add a batch of products, in place; a sum that is wider than the factors keeps its width."""
-    if total.dtype is left.dtype:
-        total.baddbmm_(left, right)
-    else:
-        total.add_(torch.bmm(left, right))
-
-
 def no_pair(mask: Bool[Tensor, " n"], rows: slice) -> Bool[Tensor, "rows n 1"]:
     """True for the pairs of a block that have a masked residue."""
     return ~(mask[rows, None] & mask)[..., None]

@@ -1,9 +1,26 @@
 """Small questions about tensors that several operations ask."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+#: Whether autocast is on for any device: one call, where asking for a tensor's own device costs several. A PyTorch
+#: without it is asked for the device.
+_autocast_somewhere: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
+def constant(function: _Function) -> _Function:
+    """Have Dynamo run `function` while it traces, and keep the answer in the graph.
+
+    `torch.compiler.assume_constant_result` does the same, which is to set one attribute; but it loads all of Dynamo
+    for that, which takes longer than loading the rest of PyTorch. A test holds the two to each other.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def any_requires_grad(*tensors: Tensor | None) -> bool:
@@ -13,6 +30,24 @@ def any_requires_grad(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
+
+
+def floating_type(like: Tensor) -> torch.dtype:
+    """The type that `like` is computed in: its own, or what autocast makes of it."""
+    dtype = like.dtype
+    if not _autocast_somewhere():  # as `under_autocast` asks first, here without the call
+        return dtype
+    return torch.get_autocast_dtype(like.device.type) if dtype is not torch.float64 and under_autocast(like) else dtype
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in a type. Most calls change nothing, and `Tensor.to` takes a microsecond to find that out."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
+def in_use(**options: object) -> tuple[str, ...]:
+    """The names of a call's optional features that are there: neither None nor False."""
+    return tuple([name for name, given in options.items() if given is not None and given is not False])
 
 
 def widest(*tensors: Tensor) -> torch.dtype:
@@ -25,6 +60,8 @@ def widest(*tensors: Tensor) -> torch.dtype:
 
 def under_autocast(like: Tensor) -> bool:
     """Whether autocast is on for the device of `like`. A device without autocast (meta) must not be asked."""
+    if not _autocast_somewhere():
+        return False
     device = like.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 

@@ -16,8 +16,10 @@ from foldkernels.kernels.registry import operations
 from .support.standins import restored
 
 OPERATIONS = sorted(operations())
-#: Calls of functions, ours and built-in ones, that a warm choice may make: at a few tenths of a microsecond each.
-CALLS = 14
+#: Calls of functions, ours and built-in ones, that a warm choice may make (7 today): a fifth of a microsecond each.
+CALLS = 8
+#: And to see what the environment says.
+MORE_UNBOUND = 2
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def test_a_warm_choice_is_a_look_up(subject: dispatch_cpu.Subject) -> None:
     with torch.no_grad():
         bound, unbound = counted(subject.bound), counted(subject.unbound)
     assert bound <= CALLS, f"{subject.operation}: {bound} calls"
-    assert bound < unbound <= CALLS + 6, f"{subject.operation}: {unbound} calls"
+    assert bound < unbound <= CALLS + MORE_UNBOUND, f"{subject.operation}: {unbound} calls"
 
 
 def test_the_benchmark_runs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ from foldkernels.modules.rigid import Rigid
 
 from .support.flash_ipa import FACTORISED, MODES, layer_of, small_config
 from .support.goldens import MULTIFLOW, batch_of, part
-from .test_mps_operators import collected
+from .support.mps_operators import collected
 
 
 def batch(n: int = 9, *, pairs: bool = False) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import os
 import shutil
@@ -370,3 +371,101 @@ def test_files_that_are_made_to_do_harm(tmp_path: Path) -> None:
 
 #: Nothing comes of these.
 HARMLESS: set[str] = set()
+
+
+# ---- configs of models that no memory holds
+
+#: Numbers of a config that make a model larger.
+SIZES = (
+    "node_embed_size edge_embed_size aatype_pred_num_tokens node_features.c_pos_emb node_features.c_timestep_emb "
+    "edge_features.feat_dim edge_features.num_bins ipa.c_hidden ipa.no_heads ipa.no_qk_points ipa.no_v_points "
+    "ipa.num_blocks ipa.seq_tfmr_num_heads ipa.seq_tfmr_num_layers"
+).split()
+PAIRFORMER = "enrichment: {block: pairformer, num_layers: 1, init: zero}"
+LARGE_OPTIONS = (
+    "enrichment: {block: pairformer, num_layers: 1000000000, init: zero}",
+    "sequence_net: {block: ipa, num_layers: 1000000000, init: zero}",
+    f"{PAIRFORMER}\n  blocks: {{pairformer: {{num_heads: 1000000000}}}}",
+    f"{PAIRFORMER}\n  blocks: {{pairformer: {{pairwise_head_width: 1000000000}}}}",
+    f"{PAIRFORMER}\n  blocks: {{pairformer: {{pairwise_num_heads: 60000, pairwise_head_width: 60000}}}}",
+)
+
+COMMANDS = """
+import contextlib, io, json, resource, sys, time
+from pathlib import Path
+from foldkernels.cli.main import main
+
+folder, every, commands = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+
+def tell(words):
+    told = io.StringIO()
+    start = time.process_time()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        try:
+            code = main(words)
+        except Exception as error:
+            code = repr(error)[:300]
+    return [code, time.process_time() - start, told.getvalue()]
+
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), resource.RLIM_INFINITY))
+found = [["as it was", words[0], *tell([word.replace("large", "small") for word in words])] for words in commands[:2]]
+for i, config in enumerate(sorted(folder.glob("*.yaml"))):
+    (folder / "large" / "config.yaml").write_bytes(config.read_bytes())
+    # Each command has its own way to a model, and all of them the same way to a config.
+    found += [[config.stem, words[0], *tell(words)] for words in (commands if i < every else commands[:1])]
+print(json.dumps(found))
+"""
+
+
+#: Every command is asked about these; each setting is allowed by itself in the last two.
+LARGE: tuple[dict[str, int], ...] = (
+    {"ipa.num_blocks": 10**9},
+    {"ipa.no_heads": 10**9},
+    {"node_embed_size": 10**9},
+    {"node_embed_size": 60_000},
+    {"ipa.num_blocks": 1000, "ipa.seq_tfmr_num_layers": 1000},
+)
+
+
+def _large_configs() -> list[str]:
+    texts = []
+    for sizes in (*LARGE, *({size: 10**9} for size in SIZES)):
+        config = _config()
+        for size, value in sizes.items():
+            OmegaConf.update(config, f"model.{size}", value)
+        texts.append(OmegaConf.to_yaml(config))
+    return [*texts, *(OmegaConf.to_yaml(_config()) + f"\nfoldkernels:\n  {options}\n" for options in LARGE_OPTIONS)]
+
+
+def test_every_command_refuses_a_model_that_no_memory_holds(tmp_path: Path) -> None:
+    """Thousands of millions of blocks, channels or heads: at once, with our error, and without taking the memory."""
+    for name in ("small", "large"):
+        (tmp_path / name).mkdir()
+        shutil.copy(SMALL / "last.ckpt", tmp_path / name)
+    shutil.copy(SMALL / "config.yaml", tmp_path / "small")
+    (tmp_path / "structures").mkdir()
+    shutil.copy(GOLDENS / "pdb" / "1odh.pdb", tmp_path / "structures")
+    texts = _large_configs()
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i:02}.yaml").write_text(text)
+
+    commands = [
+        ["explain", "large"],
+        ["convert", "large", "converted-large"],
+        ["verify", "large", "-l", "8", "--device", "cpu"],
+        ["bench", "--model", "large", "-l", "8", "--out", "measured", "--device", "cpu"],
+        ["sample", "large", "-l", "8", "--timesteps", "2", "--out", "out", "--device", "cpu"],
+        ["tune", "large", "--device", "cpu"],
+    ]
+    if importlib.util.find_spec("pytorch_lightning"):
+        commands.append(["train", "large/config.yaml", "--data", "structures", "--out", "run", "--steps", "1"])
+    process = [sys.executable, "-c", COMMANDS, str(tmp_path), str(len(LARGE)), json.dumps(commands)]
+    environment = child_environment() | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(process, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [row[2] for row in found[:2]] == [0, 0], found[:2]
+    assert len(found) == 2 + len(LARGE) * len(commands) + len(texts) - len(LARGE)
+    wrong = [row for row in found[2:] if row[2] != 2 or row[3] > 10 or "Traceback" in row[4] or "large" not in row[4]]
+    assert not wrong, f"{wrong[:5]}\n{dict(enumerate(texts))[int(wrong[0][0])]}"

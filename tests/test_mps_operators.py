@@ -6,23 +6,14 @@ composite form, because its fused CPU operators are a CPU's choice, and inside o
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torchgen
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch._library.custom_ops import OPDEFS
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from foldkernels.compat import multiflow
 from foldkernels.compat.multiflow.interpolant import Interpolant
@@ -37,120 +28,12 @@ from foldkernels.modules.rigid import Rigid
 from foldkernels.modules.sequence_transformer import SequenceTransformer
 
 from .kernel_cases import build, operations
+from .support import mps_operators
+from .support.mps_operators import collected, runs_on_mps
 
 GOLDENS = Path(__file__).parent / "goldens" / "multiflow"
-#: Operators that need no MPS kernel, each with the reason why.
-ALLOWED: dict[str, str] = {}
 #: Files of the sampler whose tensors are on the CPU whatever the model's device is.
 ON_THE_CPU = tuple(os.path.join("multiflow", name) for name in ("draws.py", "residue_types.py", "backbone.py"))
-COMPOSITE = ("CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
-
-
-# What has an MPS kernel -----------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1)
-def functions() -> Mapping[str, Mapping[str, Any]]:
-    """torch's own list of operators by name, "add.Tensor"."""
-    file = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    entries = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)
-    return {entry["func"].partition("(")[0].strip(): entry for entry in entries}
-
-
-def keys(name: str) -> set[str]:
-    """The dispatch keys of an operator.
-
-    Raises:
-        KeyError: torch's list does not have it.
-    """
-    entry = functions()[name]
-    if "structured_delegate" in entry:
-        return keys(entry["structured_delegate"])
-    if "dispatch" not in entry:
-        return {"CompositeImplicitAutograd"}
-    return {key.strip() for several in entry["dispatch"] for key in several.split(",")}
-
-
-def runs_on_mps(name: str) -> bool:
-    """Whether MPS has a kernel, or the operator is made of others."""
-    found = keys(name)
-    # torch writes the out= and functional forms of some operators itself, from the one that is listed.
-    return bool(found & {"MPS", *COMPOSITE}) or bool(functions()[name].get("autogen") and found & {"MPS", *COMPOSITE})
-
-
-class Collect(TorchDispatchMode):
-    """Collect the operators that run, and where a tensor of float64 appears.
-
-    Args:
-        elsewhere: Whether an operator that runs now is a CPU's by design.
-    """
-
-    def __init__(self, elsewhere: Callable[[], bool] = lambda: False) -> None:
-        super().__init__()
-        self.operators: set[str] = set()
-        self.on_the_cpu: set[str] = set()
-        self.inside: set[str] = set()
-        self.wide: set[str] = set()
-        self.elsewhere = elsewhere
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = func.name()
-        ours = OPDEFS.get(name.partition(".")[0])
-        if ours is not None:
-            # Run its Python body under this mode, to see what it is made of.
-            self.inside.add(name)
-            with self:
-                return ours._init_fn(*args, **(kwargs or {}))
-        if name.startswith("profiler::"):
-            return func(*args, **(kwargs or {}))
-        # Inside a custom operator, which is below autograd, composite operators arrive whole.
-        with self:
-            out = func.decompose(*args, **(kwargs or {}))
-        if out is not NotImplemented:
-            return out
-        out = func(*args, **(kwargs or {}))
-        if self.elsewhere():
-            self.on_the_cpu.add(name)
-            return out
-        self.record(name, (args, kwargs), out)
-        return out
-
-    def record(self, name: str, given: Any, out: Any) -> None:
-        """Note an operator that ran."""
-        self.operators.add(name)
-        if any(isinstance(x, Tensor) and x.dtype is torch.float64 for x in tree_leaves((given, out))):
-            self.wide.add(name)
-
-    def missing(self) -> list[str]:
-        """Operators without an MPS kernel, unknown ones among them."""
-        missing = []
-        for name in sorted(self.operators):
-            short = name.removeprefix("aten::")
-            if short in ALLOWED:
-                continue
-            if short not in functions():
-                missing.append(f"{name} (torch's list does not have it)")
-            elif not runs_on_mps(short):
-                missing.append(name)
-        return missing
-
-
-@contextmanager
-def collected(elsewhere: Callable[[], bool] = lambda: False, collect: Collect | None = None) -> Iterator[Collect]:
-    """Run as a Mac would, and fail if a Mac could not."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), collect or Collect(elsewhere) as found:
-            yield found
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-    assert found.operators, "nothing ran"
-    assert found.missing() == [], "operators without an MPS kernel"
-    assert sorted(found.wide) == [], "operators that saw a float64 tensor"
 
 
 # The check itself -----------------------------------------------------------------------------------------------------
@@ -207,7 +90,7 @@ def test_float64_is_seen():
 
 
 def test_an_operator_that_nobody_lists_is_seen(monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "functions", dict)
+    monkeypatch.setattr(mps_operators, "functions", dict)
     with pytest.raises(AssertionError, match="does not have it"), collected():
         torch.ones(3)
 

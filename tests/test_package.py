@@ -183,3 +183,22 @@ def test_the_import_brings_nothing_optional_and_no_gpu():
         """
     )
     assert printed == ""
+
+
+def test_a_choice_does_not_load_the_compiler():
+    """Dynamo takes longer to load than everything here together: whoever compiles nothing does not wait for it."""
+    printed = run(
+        """
+        import sys, torch
+
+        before = set(sys.modules)
+        from foldkernels import bind, decide
+        from foldkernels.modules.sequence_transformer import SelfAttention
+
+        layer = SelfAttention(8, 2, 0.0)
+        bind(layer, "flash")
+        layer(torch.zeros(1, 3, 8), torch.ones(1, 3, dtype=torch.bool))
+        print(*sorted({"torch._dynamo", "torch._inductor", "sympy"} & (set(sys.modules) - before)))
+        """
+    )
+    assert printed == ""

@@ -7,9 +7,9 @@ import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..registry import floating_type, function_for, register_operation
+from ..registry import function_for, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad, without_autocast
+from ..tensors import any_requires_grad, cast, floating_type, without_autocast
 
 OPERATION = register_operation(
     Operation(
@@ -47,21 +47,21 @@ def attention(
         KernelUnavailable: No kernel that the configuration allows can serve the call.
     """
     keep = None
+    b, n, h, d = q.shape
     if dropout > 0.0:
-        b, n, h = q.shape[:3]
         keep = pytorch.empty(b, h, n, n, device=q.device, dtype=pytorch.bool).bernoulli_(1.0 - dropout)
     run = function_for(
         OPERATION.name,
         q,
-        length=q.shape[1],
-        dims={"h": q.shape[2], "d": q.shape[3]},
+        length=n,
+        dims={"h": h, "d": d},
         grad=any_requires_grad(q, k, v),
         config=config,
         options=("dropout",) if keep is not None else (),
     )
     dtype = floating_type(q)
     with without_autocast(q):
-        out: Tensor = run(q.to(dtype), k.to(dtype), v.to(dtype), mask, keep, dropout)
+        out: Tensor = run(cast(q, dtype), cast(k, dtype), cast(v, dtype), mask, keep, dropout)
     return out
 
 
@@ -97,5 +97,5 @@ def attention_maps(
     )
     dtype = floating_type(q)
     with without_autocast(q):
-        maps: Tensor = run(q.to(dtype), k.to(dtype), None, mask)
+        maps: Tensor = run(cast(q, dtype), cast(k, dtype), None, mask)
     return maps

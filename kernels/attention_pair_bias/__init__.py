@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..pair_projection import PairProjection, pair_bias
-from ..registry import floating_type, function_for, register_operation
+from ..registry import function_for, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad, without_autocast
+from ..tensors import any_requires_grad, cast, floating_type, without_autocast
 
 __all__ = ["OPERATION", "PairProjection", "attention_pair_bias", "pair_bias"]
 
@@ -65,21 +65,23 @@ def attention_pair_bias(
         raise ValueError("attention_pair_bias: give either `bias`, or `z` with `projection`")
     pairs = z if bias is None else bias
     assert pairs is not None
-    if q.shape[0] % pairs.shape[0]:
-        raise ValueError(f"attention_pair_bias: {q.shape[0]} sequences cannot share {pairs.shape[0]} pair tensors")
+    s, n, h, d = q.shape
+    m = k.shape[1]
+    if s % pairs.shape[0]:
+        raise ValueError(f"attention_pair_bias: {s} sequences cannot share {pairs.shape[0]} pair tensors")
     run = function_for(
         OPERATION.name,
         q,
-        length=k.shape[1],
-        dims={"h": q.shape[2], "d": q.shape[3]},
+        length=m,
+        dims={"h": h, "d": d},
         grad=any_requires_grad(q, k, v, bias, z, *(projection[:3] if projection is not None else ())),
         config=config,
-        options=("cross",) if q.shape[1] != k.shape[1] else (),
+        options=("cross",) if n != m else (),
     )
     dtype = floating_type(q)
     with without_autocast(q):
-        if mask is not None and mask.shape[0] != q.shape[0]:
-            mask = mask.repeat_interleave(q.shape[0] // mask.shape[0], 0)
-        given = bias.to(dtype) if bias is not None else z
-        out: Tensor = run(q.to(dtype), k.to(dtype), v.to(dtype), given, mask, projection)
+        if mask is not None and mask.shape[0] != s:
+            mask = mask.repeat_interleave(s // mask.shape[0], 0)
+        given = cast(bias, dtype) if bias is not None else z
+        out: Tensor = run(cast(q, dtype), cast(k, dtype), cast(v, dtype), given, mask, projection)
     return out

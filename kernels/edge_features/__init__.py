@@ -8,9 +8,9 @@ import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..registry import floating_type, function_for, register_operation
+from ..registry import function_for, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad, without_autocast
+from ..tensors import any_requires_grad, floating_type, in_use, without_autocast
 
 OPERATION = register_operation(
     Operation(
@@ -83,14 +83,14 @@ def edge_features(
         dims={"f": nodes.shape[-1], "cz": weights[2].shape[0], "bins": num_bins},
         grad=any_requires_grad(nodes, relpos_weight, relpos_bias, *weights, *biases, norm_weight, norm_bias),
         config=config,
-        options=[name for name, given in (("chain", chain), ("diffuse", diffuse)) if given is not None],
+        options=in_use(chain=chain, diffuse=diffuse),
     )
     dtype = out_dtype or floating_type(nodes)
     with without_autocast(nodes):
         out: Tensor = run(
             nodes,
-            positions.detach(),
-            positions_sc.detach(),
+            positions.detach() if positions.requires_grad else positions,
+            positions_sc.detach() if positions_sc.requires_grad else positions_sc,
             chain,
             diffuse,
             relpos_weight,

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from ..blocks import Scratch
 from ..embeddings import sinusoids
-from ..rows import accumulate_, layer_norm_rows, layer_norm_rows_backward, relu_, relu_backward_
+from ..products import accumulate_
+from ..rows import layer_norm_rows, layer_norm_rows_backward, relu_, relu_backward_
 from . import MAX_RELATIVE_POSITION
 from .reference import bin_edges
 

@@ -8,9 +8,9 @@ import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..registry import floating_type, function_for, precision, register_operation
+from ..registry import function_for, precision, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad, without_autocast
+from ..tensors import any_requires_grad, cast, floating_type, without_autocast
 
 OPERATION = register_operation(
     Operation(
@@ -72,5 +72,5 @@ def edge_transition(
     dtype = floating_type(z)
     rounded = dtype is pytorch.float32 and precision(config) == "bfloat16"
     with without_autocast(z):
-        out: Tensor = run(nodes, z.to(pytorch.bfloat16) if rounded else z.to(dtype), *weights, mask, eps)
-    return out.to(dtype)
+        out: Tensor = run(nodes, cast(z, pytorch.bfloat16) if rounded else cast(z, dtype), *weights, mask, eps)
+    return cast(out, dtype)

@@ -11,15 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..blocks import Scratch
-from ..rows import (
-    accumulate_,
-    add_rows,
-    layer_norm_rows,
-    layer_norm_rows_backward,
-    relu_,
-    relu_backward_,
-    zeros_like_wide,
-)
+from ..products import accumulate_
+from ..rows import add_rows, layer_norm_rows, layer_norm_rows_backward, relu_, relu_backward_, zeros_like_wide
 from ..tensors import widest
 
 

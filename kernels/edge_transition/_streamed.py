@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..blocks import Scratch, block_dtype, row_blocks
-from ..custom import no_double_backward
 from ..tensors import item_masks
+from ._autograd import differentiate
 from ._rows import Split, backward_rows, forward_rows, hidden_rows, prepare, zero_gradients
 
 
@@ -55,17 +55,4 @@ def _(d_out, z, parts, mask, eps):  # type: ignore[no-untyped-def]
     return [torch.empty_like(z, memory_format=torch.contiguous_format), *(torch.empty_like(part) for part in parts)]
 
 
-def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    z, parts, mask, eps = inputs
-    ctx.eps = eps
-    ctx.save_for_backward(z, mask, *parts)
-
-
-def _backward(ctx, d_out):  # type: ignore[no-untyped-def]
-    z, mask, *parts = ctx.saved_tensors
-    dz, *d_parts = edge_transition_streamed_backward(d_out, z, parts, mask, ctx.eps)
-    return dz, d_parts, None, None
-
-
-edge_transition_streamed.register_autograd(_backward, setup_context=_keep)
-no_double_backward(edge_transition_streamed_backward, operation="edge_transition", kernel="torch")
+differentiate(edge_transition_streamed, edge_transition_streamed_backward, kernel="torch")

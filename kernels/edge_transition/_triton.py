@@ -12,10 +12,10 @@ from triton.runtime.errors import OutOfResources
 from .. import _triton_common, machine
 from .._triton_common import INTERPRETED
 from ..blocks import row_blocks
-from ..custom import no_double_backward
-from ..rows import accumulate_
+from ..products import accumulate_
 from ..tile_cache import TileCache, length_class, source_of
 from . import _kernels
+from ._autograd import differentiate
 from ._kernels import KERNELS
 from ._rows import Split
 from ._tiles import Tile, tiles_for, widths
@@ -220,17 +220,4 @@ def _(d_out, z, parts, mask, eps):  # type: ignore[no-untyped-def]
     return [torch.empty_like(z, memory_format=torch.contiguous_format), *like]
 
 
-def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    z, parts, mask, eps = inputs
-    ctx.eps = eps
-    ctx.save_for_backward(z, mask, *parts)
-
-
-def _backward(ctx, d_out):  # type: ignore[no-untyped-def]
-    z, mask, *parts = ctx.saved_tensors
-    dz, *d_parts = edge_transition_triton_backward(d_out, z, parts, mask, ctx.eps)
-    return dz, d_parts, None, None
-
-
-edge_transition_triton.register_autograd(_backward, setup_context=_keep)
-no_double_backward(edge_transition_triton_backward, operation="edge_transition", kernel="triton")
+differentiate(edge_transition_triton, edge_transition_triton_backward, kernel="triton")

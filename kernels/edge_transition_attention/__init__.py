@@ -9,9 +9,9 @@ from typing import NamedTuple
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..registry import common_kernel, floating_type, function_for, register_operation
+from ..registry import common_kernel, function_for, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad, without_autocast
+from ..tensors import any_requires_grad, floating_type, without_autocast
 
 OPERATION = register_operation(
     Operation(

@@ -13,9 +13,9 @@ import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..registry import floating_type, function_for, precision, register_operation
+from ..registry import function_for, precision, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad, without_autocast
+from ..tensors import any_requires_grad, cast, floating_type, in_use, without_autocast
 
 OPERATION = register_operation(
     Operation(
@@ -27,6 +27,7 @@ OPERATION = register_operation(
 )
 
 Lifting = Literal["precise", "plain"]
+_LIFTINGS = get_args(Lifting)
 
 
 def factorized_point_attention(
@@ -86,10 +87,11 @@ def factorized_point_attention(
     ranks = [x.shape[-1] for x in bias_factors or ()] + [x.shape[-2] for x in pair_factors or ()]
     if len(set(ranks)) > 1:
         raise ValueError(f"factorized_point_attention: all factors must have one rank, not {ranks}")
-    if lifting not in get_args(Lifting):
+    if lifting not in _LIFTINGS:
         raise ValueError(f"factorized_point_attention: lifting is 'precise' or 'plain', not {lifting!r}")
     if attention_dtype is not None and not attention_dtype.is_floating_point:
         raise ValueError(f"factorized_point_attention: attention_dtype is a floating type, not {attention_dtype}")
+    _, n, h, c = q.shape
     dtype = floating_type(q)
     # Distances are differences of large numbers: points are never given in 16 bits.
     point_dtype = pytorch.float64 if dtype is pytorch.float64 else pytorch.float32
@@ -97,19 +99,14 @@ def factorized_point_attention(
     inner = attention_dtype or (pytorch.bfloat16 if rounded else dtype)
     b1, b2 = bias_factors or (None, None)
     z1, z2 = pair_factors or (None, None)
-    used = {
-        "bias_factors": bias_factors is not None,
-        "pair_factors": pair_factors is not None,
-        "plain_lifting": lifting == "plain",
-    }
     with without_autocast(q):
         run = function_for(
             OPERATION.name,
-            q.new_empty(0, dtype=inner),
-            length=q.shape[1],
+            q if inner is q.dtype else q.new_empty(0, dtype=inner),
+            length=n,
             dims={
-                "h": q.shape[2],
-                "c": q.shape[3],
+                "h": h,
+                "c": c,
                 "p": q_points.shape[3],
                 "pv": v_points.shape[3],
                 "r": ranks[0] if ranks else 0,
@@ -117,18 +114,18 @@ def factorized_point_attention(
             },
             grad=any_requires_grad(q, k, v, q_points, k_points, v_points, point_weights, b1, b2, z1, z2),
             config=config,
-            options=[name for name, given in used.items() if given],
+            options=in_use(bias_factors=bias_factors, pair_factors=pair_factors, plain_lifting=lifting == "plain"),
         )
         out: tuple[Tensor, Tensor, Tensor | None] = run(
-            q.to(dtype),
-            k.to(dtype),
-            v.to(dtype),
-            q_points.to(point_dtype),
-            k_points.to(point_dtype),
-            v_points.to(point_dtype),
-            point_weights.to(point_dtype),
-            None if b1 is None or b2 is None else (b1.to(dtype), b2.to(dtype)),
-            None if z1 is None or z2 is None else (z1.to(dtype), z2.to(dtype)),
+            cast(q, dtype),
+            cast(k, dtype),
+            cast(v, dtype),
+            cast(q_points, point_dtype),
+            cast(k_points, point_dtype),
+            cast(v_points, point_dtype),
+            cast(point_weights, point_dtype),
+            None if b1 is None or b2 is None else (cast(b1, dtype), cast(b2, dtype)),
+            None if z1 is None or z2 is None else (cast(z1, dtype), cast(z2, dtype)),
             mask,
             lifting == "precise",
             inner,

@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..custom import fused_by_pytorch
+from ..products import dot_product_attention
 from ..registry import register
 from ..requests import KernelFunction, serves_everything
 from ._lifting import centroid, lift, split_values, times_query_factor
@@ -63,7 +65,8 @@ def _attend(
     else:
         of_keys, of_values = q.shape[-1], v.shape[-1]
     wide_q, wide_k = (_pad(x, of_keys) for x in (q, k))
-    out = F.scaled_dot_product_attention(wide_q, wide_k, _pad(v, of_values), scale=1.0)
+    out = dot_product_attention(wide_q, wide_k, _pad(v, of_values), scale=1.0)
+    out = fused_by_pytorch(out, operation="factorized_point_attention", kernel="torch")
     return out[..., : v.shape[-1]]
 
 

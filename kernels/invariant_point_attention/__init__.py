@@ -8,9 +8,9 @@ import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..registry import floating_type, function_for, precision, register_operation
+from ..registry import function_for, precision, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad, without_autocast
+from ..tensors import any_requires_grad, cast, floating_type, in_use, without_autocast
 
 OPERATION = register_operation(
     Operation(
@@ -69,17 +69,17 @@ def invariant_point_attention(
         KernelUnavailable: No kernel that the configuration allows can serve the call.
     """
     keep = None
+    b, n, h, c = q.shape
     if logit_dropout > 0.0:
-        b, n, h = q.shape[:3]
         keep = pytorch.empty(b, h, n, n, device=q.device).bernoulli_(1.0 - logit_dropout).div_(1.0 - logit_dropout)
     run = function_for(
         OPERATION.name,
         q,
-        length=q.shape[1],
-        dims={"h": q.shape[2], "c": q.shape[3], "p": q_points.shape[3], "pv": v_points.shape[3], "cz": z.shape[3]},
+        length=n,
+        dims={"h": h, "c": c, "p": q_points.shape[3], "pv": v_points.shape[3], "cz": z.shape[3]},
         grad=any_requires_grad(q, k, v, q_points, k_points, v_points, point_weights, z, bias_weight),
         config=config,
-        options=[name for name, given in (("pair_mask", pair_mask), ("logit_dropout", keep)) if given is not None],
+        options=in_use(pair_mask=pair_mask, logit_dropout=keep),
     )
     dtype = floating_type(q)
     # Distances are differences of large numbers: points are never held in 16 bits.
@@ -87,18 +87,18 @@ def invariant_point_attention(
     rounded = dtype is pytorch.float32 and precision(config) == "bfloat16"
     with without_autocast(q):
         out: tuple[Tensor, Tensor, Tensor] = run(
-            q.to(dtype),
-            k.to(dtype),
-            v.to(dtype),
-            q_points.to(point_dtype),
-            k_points.to(point_dtype),
-            v_points.to(point_dtype),
-            point_weights.to(point_dtype),
-            z.to(pytorch.bfloat16) if rounded else z if z.dtype is pytorch.bfloat16 else z.to(dtype),
-            bias_weight.to(dtype),
+            cast(q, dtype),
+            cast(k, dtype),
+            cast(v, dtype),
+            cast(q_points, point_dtype),
+            cast(k_points, point_dtype),
+            cast(v_points, point_dtype),
+            cast(point_weights, point_dtype),
+            cast(z, pytorch.bfloat16) if rounded else z if z.dtype is pytorch.bfloat16 else cast(z, dtype),
+            cast(bias_weight, dtype),
             mask,
             pair_mask,
-            None if logit_bias is None else logit_bias.to(dtype),
+            None if logit_bias is None else cast(logit_bias, dtype),
             keep,
         )
     return out

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..rows import add_product_
+from ..products import add_product_, write_product
 from ..tensors import widest
 
 #: A logit that no key can win with. Finite, so that a row without any keys stays finite until it is set to zero.
@@ -96,7 +96,7 @@ class Forward:
         """
         q = self.q[i, :, rows]
         logits = q.new_empty(q.shape[1], q.shape[0], z.shape[1])
-        torch.bmm(q, self.k_transposed[i], out=logits.transpose(0, 1))
+        write_product(q, self.k_transposed[i], logits.transpose(0, 1))
         add_product_(logits, self.weight.expand(z.shape[0], -1, -1), z.transpose(1, 2))
         if self.pair_mask is not None:
             logits.masked_fill_(~self.pair_mask[i, rows, None], NEVER)
@@ -146,15 +146,15 @@ class Backward(Forward):
         attention = self.attend(i, rows, z)
         # dL = a (dA - sum_j a dA), where dA collects what the values and the pair values ask for.
         d_logits = torch.empty_like(attention)
-        torch.bmm(d_out, self.v_transposed[i], out=d_logits.transpose(0, 1))
+        write_product(d_out, self.v_transposed[i], d_logits.transpose(0, 1))
         add_product_(d_logits, d_pair.to(z.dtype), z.transpose(1, 2))
         d_logits -= (d_logits * attention).sum(-1, keepdim=True)
         d_logits *= attention
 
         by_head = d_logits.transpose(0, 1)
         self.dq[i, :, rows] = torch.bmm(by_head, self.k[i])
-        self.dk[i].baddbmm_(by_head.transpose(1, 2), self.q[i, :, rows])
-        self.dv[i].baddbmm_(attention.permute(1, 2, 0), d_out)
+        add_product_(self.dk[i], by_head.transpose(1, 2), self.q[i, :, rows])
+        add_product_(self.dv[i], attention.permute(1, 2, 0), d_out)
         self.d_weight += torch.bmm(d_logits.to(z.dtype), z).sum(0, dtype=self.d_weight.dtype)
         # The logits' and the pair values' share of z's gradient in one product: [dL | a] @ [W_b ; dO].
         left = torch.cat([d_logits, attention], dim=1).to(z.dtype)

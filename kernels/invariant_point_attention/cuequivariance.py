@@ -24,9 +24,9 @@ from ..blocks import block_dtype, row_blocks
 from ..cuequivariance import ATTENTION_THRESHOLDS, NEEDS, against_attention, check_backward
 from ..factorized_point_attention._lifting import lift, query_width, split_values, value_width
 from ..machine import imported
+from ..products import add_product_
 from ..registry import register
 from ..requests import Dims, KernelFunction, Reason, Request
-from ..rows import add_product_
 from ..tensors import any_requires_grad
 from ._rows import NEVER
 

@@ -7,9 +7,9 @@ after (gate, output projection) is the caller's, or `triangle_attention_update`'
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..registry import floating_type, function_for, register_operation
+from ..registry import function_for, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad, without_autocast
+from ..tensors import any_requires_grad, cast, floating_type, without_autocast
 
 OPERATION = register_operation(
     Operation(
@@ -50,16 +50,17 @@ def triangle_attention(
     Raises:
         KernelUnavailable: No kernel that the configuration allows can serve the call.
     """
+    _, h, n, m, d = q.shape
     run = function_for(
         OPERATION.name,
         q,
-        length=q.shape[3],
-        dims={"h": q.shape[1], "d": q.shape[4]},
+        length=m,
+        dims={"h": h, "d": d},
         grad=any_requires_grad(q, k, v, bias),
         config=config,
-        options=("rectangular",) if q.shape[2] != q.shape[3] else (),
+        options=("rectangular",) if n != m else (),
     )
     dtype = floating_type(q)
     with without_autocast(q):
-        out: Tensor = run(q.to(dtype), k.to(dtype), v.to(dtype), bias.to(dtype), mask)
+        out: Tensor = run(cast(q, dtype), cast(k, dtype), cast(v, dtype), cast(bias, dtype), mask)
     return out

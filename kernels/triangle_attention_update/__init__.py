@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..registry import common_kernel, floating_type, function_for, register_operation
+from ..registry import common_kernel, function_for, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad, without_autocast
+from ..tensors import any_requires_grad, cast, floating_type, without_autocast
 from ..triangle_attention import triangle_attention
 
 OPERATION = register_operation(
@@ -47,7 +47,7 @@ class Weights(NamedTuple):
 
     def to(self, dtype: pytorch.dtype) -> "Weights":
         """All of them in another floating type."""
-        return Weights._make(None if weight is None else weight.to(dtype) for weight in self)
+        return Weights._make(None if weight is None else cast(weight, dtype) for weight in self)
 
 
 def triangle_attention_update(
@@ -100,7 +100,7 @@ def one_pass(
     run = function_for(OPERATION.name, z, config=config, **_sizes(z, weights))
     dtype = floating_type(z)
     with without_autocast(z):
-        out: Tensor = run(z.to(dtype), mask, weights, ending, eps)
+        out: Tensor = run(cast(z, dtype), mask, weights, ending, eps)
     return out
 
 

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from ..biased_attention import attend, attend_backward
 from ..blocks import block_dtype, norm_dtype
 from ..pair_projection import pair_bias_backward, pair_bias_into
-from ..rows import accumulate_, layer_norm_backward, zeros_like_wide
+from ..products import accumulate_
+from ..rows import layer_norm_backward, zeros_like_wide
 from ..tensors import widest
 from . import Weights
 

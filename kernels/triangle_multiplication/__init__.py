@@ -10,9 +10,9 @@ import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..registry import floating_type, function_for, register_operation
+from ..registry import function_for, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad, without_autocast
+from ..tensors import any_requires_grad, cast, floating_type, without_autocast
 
 Direction = Literal["outgoing", "incoming"]
 
@@ -47,7 +47,7 @@ class Weights(NamedTuple):
 
     def to(self, dtype: pytorch.dtype) -> "Weights":
         """All of them in another floating type."""
-        return Weights._make(None if weight is None else weight.to(dtype) for weight in self)
+        return Weights._make(None if weight is None else cast(weight, dtype) for weight in self)
 
 
 def triangle_multiplication(
@@ -91,5 +91,5 @@ def triangle_multiplication(
     )
     dtype = floating_type(z)
     with without_autocast(z):
-        out: Tensor = run(z.to(dtype), mask, weights, direction, eps)
+        out: Tensor = run(cast(z, dtype), mask, weights, direction, eps)
     return out

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..blocks import block_dtype, norm_dtype, pairs_per_block, slices
-from ..rows import accumulate_, layer_norm_backward
+from ..products import accumulate_, write_product
+from ..rows import layer_norm_backward
 from ..tensors import widest
 from . import Weights
 
@@ -79,7 +80,7 @@ def _multiply(
 ) -> None:
     """Sum over the third node k: left_ik right_jk, or left_ki right_kj; for all rows i, or for some."""
     left, right = factors if outgoing else factors.transpose(2, 3)
-    torch.bmm(left if rows is None else left[:, rows], right.transpose(1, 2), out=out)
+    write_product(left if rows is None else left[:, rows], right.transpose(1, 2), out)
 
 
 def _multiply_backward(
@@ -87,8 +88,12 @@ def _multiply_backward(
 ) -> Float[Tensor, "2 some n n"]:
     left, right = factors
     d_factors = torch.empty_like(factors)
-    torch.bmm(*((d_product, right) if outgoing else (right, d_product.transpose(1, 2))), out=d_factors[0])
-    torch.bmm(*((d_product.transpose(1, 2), left) if outgoing else (left, d_product)), out=d_factors[1])
+    if outgoing:
+        write_product(d_product, right, d_factors[0])
+        write_product(d_product.transpose(1, 2), left, d_factors[1])
+    else:
+        write_product(right, d_product.transpose(1, 2), d_factors[0])
+        write_product(left, d_product, d_factors[1])
     return d_factors
 
 

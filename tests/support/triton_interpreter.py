@@ -21,7 +21,7 @@ from foldkernels.kernels.triangle_attention import triton as triangle
 from .interpreted import FLOOR, answer_questions, poison_memory, second_derivative
 
 #: Beyond that rule in 16 bits, as PyTorch's own fused attention: weights and their gradients are rounded before the
-#: second product, and the output before its product with the gradient. Up to 1.7 was seen in bfloat16.
+#: second product, and the output before its product with the gradient. Up to 1.9 was seen in bfloat16.
 EXCEEDS = {torch.float32: 1.0, torch.bfloat16: 2.5, torch.float16: 2.5}
 
 Values = dict[str, Tensor | None]

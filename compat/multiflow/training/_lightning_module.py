@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ....kernels.binding import bind
 from ..model import FlowModel
-from ..model_size import refuse_oversize
 from .corruption import corrupt_batch
 from .objective import losses
 from .run_config import read_run_config
@@ -57,7 +56,6 @@ class TrainingModule(lightning.LightningModule):
         dataset_cfg = cfg.pdb_dataset if dataset_cfg is None else dataset_cfg
         folding_cfg = cfg.folding if folding_cfg is None else folding_cfg
         self.save_hyperparameters("cfg", "dataset_cfg", "folding_cfg", "folding_device_id", logger=False)
-        refuse_oversize(self.config.model, self.config.options, "the training config")
         self.model = FlowModel(self.config.model, self.config.options)
         self.model.config = cfg
         self.model.kernels = bind(self.model, kernel, command_line=command_line, file=self.config.kernel)

@@ -26,6 +26,7 @@ from ..configuration import (
     model_section,
     read_config,
 )
+from ..model_size import refuse_oversize
 from .settings import ExperimentConfig
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def read_run_config(config: str | Path | Mapping[str, Any] | DictConfig) -> RunC
             the published model's.
 
     Raises:
-        BadInput: It cannot be read, a key does not exist (the message names the nearest one), or a value is wrong.
+        BadInput: It cannot be read, a key does not exist (the message names the nearest one), a value is wrong, or the
+            model is larger than this machine's memory.
     """
     from omegaconf import OmegaConf
 
@@ -91,6 +93,7 @@ def read_run_config(config: str | Path | Mapping[str, Any] | DictConfig) -> RunC
     experiment = _experiment(root, prefix)
     data = {key: value for key, value in _plain(root, "data", prefix).items() if key not in _DATASET_KEYS}
     options = _options(root, prefix)
+    refuse_oversize(model, options, str(source or "the training config"))
     kernel = _plain(root, "kernel", prefix)
     sections = {
         "data": {"dataset": "pdb", "task": "hallucination", **_plain(root, "data", prefix)},

@@ -1,0 +1,52 @@
+"""Runs Triton kernels in tiles that are named, in Triton's interpreter, and says how wrong they are. A script.
+
+The interpreter takes itself for one chip; here every kernel of an operation gets whatever tile it is told, so that the
+tables of all chips are tried. Reads one JSON object a line: operation, type, sizes, length, items, and for each Triton
+kernel a tile. Answers with one a line: what is wrong by the contract's rule, and the tile that each kernel ran in.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+
+from foldkernels.kernels import _biased_attention_launch, accuracy
+from foldkernels.kernels.examples.builders import make
+from foldkernels.kernels.tile_cache import TileCache, choosing
+
+from .interpreted import allow_the_cpu, answer_questions, poison_memory
+
+
+def a_program_short(call: _biased_attention_launch._Call, tile: Any) -> int:
+    """How many programs hold all queries but those of the last tile."""
+    return call.b * call.h * call.r * (-(-call.i // tile.queries)) - 1
+
+
+def answer(asked: dict[str, Any]) -> dict[str, Any]:
+    """Compare with the definition in float64, forward and every gradient, with masks."""
+    operation, dtype = asked["operation"], getattr(torch, asked["dtype"])
+    allow_the_cpu([operation])
+    case = make(operation, asked["n"], batch=asked["batch"], masked=True, sizes=asked["sizes"])
+    ran: dict[str, list[int | str]] = {}
+
+    def named(cache: TileCache, sizes: Any, tiles: Sequence[Any], run: Any, device: torch.device) -> Any:
+        kernel = str(sizes["kernel"])
+        tile = type(tiles[0])(*asked["tiles"][kernel])
+        ran[kernel] = list(tile)
+        return tile
+
+    with choosing(named), pytest.MonkeyPatch.context() as monkeypatch:
+        if asked["fault"]:
+            monkeypatch.setattr(_biased_attention_launch._Call, "over_queries", a_program_short)
+        check = accuracy.check(case, "triton", dtype)
+    wrong = [str(verdict) for verdict in check.verdicts if not verdict.passed]
+    return {"wrong": [*wrong, *([check.broken] if check.broken else [])], "judged": len(check.verdicts), "ran": ran}
+
+
+if __name__ == "__main__":
+    poison_memory()
+    answer_questions(answer)
