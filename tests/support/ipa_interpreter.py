@@ -158,7 +158,9 @@ class Traffic:
         load, store = builder.create_masked_load, builder.create_masked_store
 
         def reading(of: Any, pointers: Any, mask: Any, *more: Any, **named: Any) -> Any:
-            self.seen["read"].append(pointers.data[mask.data.astype(bool)].ravel())
+            # A descriptor's mask comes as an array.
+            here = mask if isinstance(mask, numpy.ndarray) else mask.data
+            self.seen["read"].append(pointers.data[here.astype(bool)].ravel())
             return load(of, pointers, mask, *more, **named)
 
         def writing(of: Any, pointers: Any, value: Any, mask: Any, *more: Any) -> Any:
