@@ -308,8 +308,7 @@ def _gradient_errors(project: Project, original: nn.Module, model: nn.Module) ->
         return [float("inf")]
     largest = max(float(value.norm()) for value in wanted.values())
     return [
-        float((found[name] - value).norm()) / max(float(value.norm()), 1e-2 * largest)
-        for name, value in wanted.items()
+        float((found[name] - value).norm()) / max(float(value.norm()), 1e-2 * largest) for name, value in wanted.items()
     ]
 
 

@@ -2,7 +2,8 @@
 
 An item names a subject and a side:
 
-* `operation.<name>`: the operation alone at the published widths; the sides are its kernels;
+* `operation.<name>`: the operation alone at the published widths; the sides are its kernels, and of factorised
+  attention, which has no layer here, `original`;
 * `layer.<name>`: a layer with its projections; the sides are `original` and the kernels of its operation;
 * `model`: Multiflow's model of the published size; the sides are `original` and presets.
 
@@ -23,10 +24,10 @@ from torch import Tensor, nn
 
 from foldkernels.kernels import accuracy
 from foldkernels.kernels.examples import grid
-from foldkernels.kernels.examples.builders import make
+from foldkernels.kernels.examples.builders import SIZES, make
 from foldkernels.kernels.examples.case import Case
 
-from . import multiflow_cpu, original_triangle
+from . import multiflow_cpu, original_flash_ipa, original_triangle
 from .multiflow_cpu import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +40,8 @@ LAYERS = {
     "triangle_multiplication": "triangle_multiplication",
     "attention_pair_bias": "attention_pair_bias",
 }
+#: Operations whose original formulas are known for the operation alone, not for a layer with its projections.
+ORIGINALS = ("factorized_point_attention",)
 #: Boltz's widths: pairs, heads and head size of the triangle operations, width and heads of the sequence's attention.
 C_Z, HEADS, HEAD_SIZE, C_S, SEQUENCE_HEADS = 128, 4, 32, 384, 16
 SAMPLING_STEPS = 3
@@ -49,7 +52,7 @@ class Item:
     """One thing to do.
 
     Attributes:
-        what: `check`, `grid`, `time`, `longest`, `ceilings` or `describe`.
+        what: `check`, `grid`, `warm`, `time`, `longest`, `ceilings`, `describe` or `ready`.
         subject: See above.
         side: A kernel, a preset, or `original`.
         precision: `float32`, `tf32` or `bfloat16`.
@@ -124,12 +127,14 @@ def operation(item: Item, device: str) -> Iterator[Callable[[], object]]:
         x[name] = value
     wanted = [value for value in x.values() if value is not None and value.requires_grad]
     settings = {"precision": "tf32" if item.precision == "tf32" else "float32"}
-    with rounding(item), accuracy.required(case.operation, item.side, **settings) as config:
+    original = item.side == "original"
+    kernel = "reference" if original else item.side
+    with rounding(item), accuracy.required(case.operation, kernel, **settings) as config:
         cotangents: list[Tensor] = []
 
         def run() -> object:
             with torch.set_grad_enabled(step):
-                outputs = case.call(x, config)
+                outputs = _original(x) if original else case.call(x, config)
                 if not step:
                     return outputs
                 if not cotangents:
@@ -137,6 +142,13 @@ def operation(item: Item, device: str) -> Iterator[Callable[[], object]]:
                 return torch.autograd.grad(outputs, wanted, cotangents)
 
         yield run
+
+
+def _original(x: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Factorised attention in FlashIPA's own order, all of it in one type, as there."""
+    names = "q k v q_points k_points v_points point_weights b1 b2 z1 z2".split()
+    *given, b1, b2, z1, z2 = (x[name].to(x["q"].dtype) for name in names)
+    return original_flash_ipa.lifted_attention(*given, (b1, b2), (z1, z2))
 
 
 def check_operation(item: Item, device: str, n: int, variant: str, size: int, **more: Any) -> dict[str, Any]:
@@ -355,4 +367,11 @@ def needs(item: Item) -> tuple[float, float]:
     if name == "triangle_multiplication":
         flops = 2.0 * C_Z * n**3 + 2.0 * pairs * (4 * C_Z * C_Z + 2 * C_Z * C_Z)
         return pairs * C_Z * width * (5 if step else 2), flops * products
+    if name == "factorized_point_attention":  # nothing of n * n is in memory: logits and values, multiplied
+        h, c, p, pv, r, cp = (SIZES[name][2][size] for size in ("h", "c", "p", "pv", "r", "cp"))
+        return 0.0, 2.0 * pairs * h * (2 * c + 3 * p + 3 * pv + r + r * cp) * products
+    if name == "attention_pair_bias":
+        return pairs * 128 * width * (3 if step else 1), 4.0 * pairs * C_S * products
+    if name == "edge_features":
+        return pairs * 128 * width * (2 if step else 1), 0.0  # written; its gradient read
     return 0.0, 0.0

@@ -31,8 +31,9 @@ from .gpu_subjects import SAMPLING_STEPS, Item
 #: Lengths and layouts of the thinned contract grid.
 GRID = ((17, "masked"), (33, "transposed"), (64, "plain"), (129, "masked"))
 QUICK_GRID = ((7, "masked"),)
-#: Seconds that one time may take, and how many calls at least and at most.
+#: Seconds that one time may take, and how many calls at least and at most; of a call longer than LONG, fewer.
 SECONDS, FEWEST, MOST = 0.35, 7, 100
+LONG, FEWEST_LONG = 0.7, 3
 
 
 def long_case(operation: str) -> Any:
@@ -54,6 +55,14 @@ def every_kernel() -> list[tuple[str, str]]:
 def why_not(case: Case, kernel: str, dtype: torch.dtype, device: str) -> str:
     """Every reason against a kernel, empty if it can run."""
     return "; ".join(str(reason) for reason in reasons(case, kernel, dtype, device))
+
+
+def _compiles(operation: str, kernel: str) -> bool:
+    from foldkernels.kernels import registry
+    from foldkernels.kernels.requirement import parse
+
+    needs = [parse(need).name for need in registry.kernels(operation)[kernel].needs]
+    return any(name == "trifast" or name.startswith(("triton", "cuequivariance")) for name in needs)
 
 
 class Worker:
@@ -90,6 +99,10 @@ class Worker:
         return {
             "machine": {**asdict(measure.machine()), **self._gpu()},
             "kernels": kernels,
+            # Whose first call takes seconds.
+            "compiled": {
+                name: [kernel for kernel in some if _compiles(name, kernel)] for name, some in kernels.items()
+            },
             # Kernels that are for long chains only are checked where they serve.
             "thresholds": {operation: max(registry.thresholds(operation), default=0) for operation in kernels},
             "presets": {word: list(chosen) for chosen, word in presets.items()},
@@ -119,6 +132,10 @@ class Worker:
         except ImportError:
             found["triton"] = ""
         return {**found, "cuda": str(torch.version.cuda)}
+
+    def ready(self, item: Item) -> dict[str, Any]:
+        """Everything is imported, and the GPU answers."""
+        return {}
 
     def ceilings(self, item: Item) -> dict[str, Any]:
         """Copy bandwidth (bytes read and written) and the rates of matrix products, on random numbers."""
@@ -182,6 +199,16 @@ class Worker:
             found = {**found, **{name: found[name] / SAMPLING_STEPS for name in ("ms", "low_ms", "high_ms")}}
         return {**found, "peak_mb": (peak - before) / 1e6, "resident_mb": before / 1e6} if self.cuda else found
 
+    def warm(self, item: Item) -> dict[str, Any]:
+        """Call once what will be timed: it is compiled, and kept on disk for the process that times it."""
+        started = time.perf_counter()
+        gpu_subjects.forget()
+        with gpu_subjects.prepared(item, self.device) as run:
+            run()
+            if self.cuda:
+                torch.cuda.synchronize()
+        return {"warm_s": time.perf_counter() - started}
+
     def longest(self, item: Item) -> dict[str, Any]:
         """The longest chain, downwards from `item.length` in steps of 5%, that runs within `item.gib`."""
         if not self.cuda:
@@ -215,6 +242,16 @@ class Worker:
             run()
             torch.cuda.synchronize()
 
+    def alive(self) -> bool:
+        """Whether the GPU still answers: after an illegal address, nothing in this process does."""
+        try:
+            if self.cuda:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+        except Exception:
+            return False
+        return True
+
     def _memory(self, reset: bool = False) -> int:
         if not self.cuda:
             return 0
@@ -229,7 +266,8 @@ class Worker:
     def _time(self, run: Callable[[], object]) -> dict[str, Any]:
         """By CUDA events, every call after the L2 cache has been overwritten; by the clock on a CPU."""
         once = self._sample(run, 1 if self.quick else 2)[-1]
-        calls = 2 if self.quick else max(FEWEST, min(MOST, int(1e3 * SECONDS / max(once, 1e-3))))
+        fewest = FEWEST if once < 1e3 * LONG else FEWEST_LONG
+        calls = 2 if self.quick else max(fewest, min(MOST, int(1e3 * SECONDS / max(once, 1e-3))))
         found = sorted(self._sample(run, calls))
         low, high = (found[min(len(found) - 1, int(share * len(found)))] for share in (0.2, 0.8))
         return {"ms": statistics.median(found), "low_ms": low, "high_ms": high, "calls": calls}
@@ -265,20 +303,16 @@ def answer(worker: Worker, item: Item) -> dict[str, Any]:
         words = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         found: dict[str, Any] = {"raised": words, "trace": traceback.format_exc()[-1500:]}
     gc.collect()
-    if worker.cuda:
-        try:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        except Exception:
-            found["fatal"] = True
+    if not worker.alive():
+        found["fatal"] = True
     return found
 
 
-def main() -> None:
+def main(kind: type[Worker] = Worker) -> None:
     """Answer until the questions end."""
     device, quick = sys.argv[1], sys.argv[2] == "quick"
     answers, sys.stdout = sys.stdout, sys.stderr
-    worker = Worker(device, quick)
+    worker = kind(device, quick)
     for line in sys.stdin:
         print(json.dumps(answer(worker, Item(**json.loads(line)))), file=answers, flush=True)
 

@@ -27,7 +27,7 @@ EXAMPLES = """\b
 Examples:
   foldkernels bench
   foldkernels bench triangle_attention attention --length 128,256,512 --out bench/
-  foldkernels bench --model weights/ --length 128,256 --kernel reference,auto
+  foldkernels bench weights/ --length 128,256 --kernel reference,auto
   foldkernels bench --model model.py:make --inputs model.py:batch --length 64,128
   foldkernels bench --compare bench/before/rows.json bench/after/rows.json
 """
@@ -45,7 +45,10 @@ class Mode(StrEnum):
 def run(
     operations: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[OPERATION]...", help="What to measure.  [default: every operation, or the --model]"),
+        typer.Argument(
+            metavar="[OPERATION|WEIGHTS|CONFIG]...",
+            help="What to measure: operations, or a model as --model takes it.  [default: every operation]",
+        ),
     ] = None,
     model: Annotated[
         list[str] | None,
@@ -188,6 +191,9 @@ def _plan(
     from .benchmarking.subjects import DTYPES
 
     known = sorted(registry.operations())
+    # A path needs no --model: no operation's name looks like one.
+    paths = [name for name in operations if name not in known and (Path(name).suffix or "/" in name or ":" in name)]
+    operations, models = [name for name in operations if name not in paths], [*models, *paths]
     check_known(operations, known, "operation", "OPERATION")
     check_known(dtypes, DTYPES, "type", "--dtype")
     where = device or best_device()
@@ -321,11 +327,17 @@ def _announce(wanted: Plan, bench: Run, folder: Path) -> None:
     """Say what will be done, and how long it takes."""
     kernels = sum(len([s for s in bench.sides(known)[0] if not known.why.get(s)]) for known in bench.known)
     points = len(list(wanted.points()))
-    about = _duration(bench.estimate())
+    about = _duration(bench.left())
     most = f", at most {_duration(wanted.budget)}" if wanted.budget is not None else ""
     lengths = ", ".join(map(str, wanted.lengths))
-    what = f"{len(bench.known)} operations or models, {kernels} kernels that run here, L={lengths}"
-    print(f"{what}, {points} points each: about {about}{most}; results in {folder}", file=sys.stderr)
+    models = sum(spec["kind"] == "model" for spec in wanted.subjects)
+    count = [(len(bench.known) - models, "operation"), (models, "model")]
+    subjects = " and ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in count if n)
+    what = f"{subjects}, {kernels} kernels that run here, L={lengths}"
+    print(
+        f"{what}, {points} points{' each' if len(bench.known) > 1 else ''}: about {about}{most}; results in {folder}",
+        file=sys.stderr,
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -333,8 +345,8 @@ def _duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar on stderr, if that is a terminal."""
+def _progress() -> Iterator[Callable[[str, float, float], None]]:
+    """A bar on stderr, if that is a terminal; else a line for each operation or model as it begins."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -342,7 +354,19 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     columns = (BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=1.0)
-        yield lambda what, done: progress.update(task, description=what, completed=done)
+        begun = ""
+
+        def told(what: str, done: float, left: float) -> None:
+            nonlocal begun
+            name, length, _ = what.partition(" L=")
+            if console.is_terminal:
+                about = f"about {_duration(left)} left, " if left else ""
+                progress.update(task, description=about + what, completed=done)
+            elif length and name != begun:
+                begun = name
+                print(f"{name}; about {_duration(left)} left of all", file=sys.stderr, flush=True)
+
+        yield told
 
 
 def _write(results: Results, folder: Path) -> list[Path]:

@@ -29,6 +29,9 @@ Examples:
 """
 
 
+NO_TF32 = "only NVIDIA GPUs have tf32: here it is float32, and is held to float32's rule"
+
+
 @reported
 def run(
     model: Annotated[
@@ -53,7 +56,8 @@ def run(
             "--precision",
             "-p",
             metavar="NAME",
-            help="float32, bfloat16 or float64; repeatable.  [default: the first 2]",
+            help="float32, tf32 (on NVIDIA GPUs), bfloat16, float16 or float64; repeatable.  "
+            "[default: float32,bfloat16]",
         ),
     ] = None,
     presets: Annotated[
@@ -144,6 +148,7 @@ def examine(
         "seed": seed,
         "checks": [row.as_dict() for row in done],
         "not_checked": [row.as_dict() for row in rows],
+        "notes": [NO_TF32] if "tf32" in precisions and not device.startswith("cuda") else [],
         "presets": [row.as_dict() for row in presets],
     }
 
@@ -152,6 +157,7 @@ def as_text(report: dict[str, Any]) -> str:
     """The report for people."""
     lines = [f"foldkernels {report['version']}, torch {report['torch']}, {report['device']} ({report['machine']})"]
     lines += [f"{report['length']} residues, seed {report['seed']}. Errors are the largest differences from float64."]
+    lines += [f"Note: {note}." for note in report["notes"]]
     heading = None
     for row in report["checks"]:
         at = (row["operation"], tuple(row["sizes"].items()))

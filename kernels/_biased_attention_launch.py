@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from math import gcd
 from typing import Any, TypeVar
 
 import torch
@@ -55,9 +56,7 @@ def _reach(mask: Bool[Tensor, "b r j"] | None, padded_keys: int, like: Tensor) -
 class _Call:
     """What all launches of one call have in common."""
 
-    def __init__(
-        self, tiles: TileCache, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None
-    ) -> None:
+    def __init__(self, tiles: TileCache, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> None:
         self.tiles = tiles
         self.q, self.k, self.v = (_inner_contiguous(x) for x in (q, k, v))
         self.bias = _padded_bias(bias)
@@ -111,9 +110,13 @@ class _Call:
         return self.b * self.h * self.r * _blocks(self.j, tile.keys)
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    """Every stride but the last, which is one."""
-    return [stride for x in tensors for stride in x.stride()[:-1]]
+class _Strides:
+    """Every stride but the last, which is one, in units of `unit` elements: a power of two up to 16."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        strides = [stride for x in tensors for stride in x.stride()[:-1]]
+        self.unit = gcd(_ALIGNED, *strides)
+        self.counts = [stride // self.unit for stride in strides]
 
 
 def _blocks(size: int, block: int) -> int:
@@ -127,12 +130,12 @@ def _forward(
     call = _Call(tiles, q, k, v, bias, mask)
     if call.empty:
         return out.zero_(), lse.fill_(torch.inf)
+    strides = _Strides(call.q, call.k, call.v, call.bias, out)
     given = (
-        call.q, call.k, call.v, call.bias, call.reach, out, lse,
-        *_strides(call.q, call.k, call.v, call.bias, out),
+        call.q, call.k, call.v, call.bias, call.reach, out, lse, *strides.counts,
         call.h, call.r, call.i, call.j, call.padded_keys, call.d**-0.5,
     )  # fmt: skip
-    call.tiled("forward", lambda tile: call.launch("forward", tile, call.over_queries(tile), *given))
+    call.tiled("forward", lambda tile: call.launch("forward", tile, call.over_queries(tile), *given, UNIT=strides.unit))
     return out, lse
 
 
@@ -166,15 +169,13 @@ def _backward(
     # Padded as the bias is: stores of whole vectors take fewer registers.
     whole = call.padded_keys == call.j
     padded = d_bias if whole else d_bias.new_empty(call.b, call.h, call.i, call.padded_keys)
-    of_queries = (
-        *given, call.reach, out, lse, delta, d_q, padded, *_strides(*given, out, d_q), *sizes, scale
-    )  # fmt: skip
-    of_keys = (*given, call.reach, lse, delta, d_k, d_v, *_strides(*given, d_k, d_v), *sizes, scale)
     alone = call.r == 1
-    call.tiled(
-        "queries", lambda tile: call.launch("queries", tile, call.over_queries(tile), *of_queries, WITH_BIAS=alone)
-    )
-    call.tiled("keys", lambda tile: call.launch("keys", tile, call.over_keys(tile), *of_keys))
+    at_queries, at_keys = _Strides(*given, out, d_q), _Strides(*given, d_k, d_v)
+    of_queries = (*given, call.reach, out, lse, delta, d_q, padded, *at_queries.counts, *sizes, scale)
+    of_keys = (*given, call.reach, lse, delta, d_k, d_v, *at_keys.counts, *sizes, scale)
+    options = {"UNIT": at_queries.unit, "WITH_BIAS": alone}
+    call.tiled("queries", lambda tile: call.launch("queries", tile, call.over_queries(tile), *of_queries, **options))
+    call.tiled("keys", lambda tile: call.launch("keys", tile, call.over_keys(tile), *of_keys, UNIT=at_keys.unit))
 
     def over_rows(tile: Tile) -> Tensor:
         # By the sizes alone: the order of adding does not depend on how many processors a chip has.
@@ -182,8 +183,9 @@ def _backward(
         some_rows = _blocks(call.r, min(call.r, _blocks(_PROGRAMS, programs)))
         parts = _blocks(call.r, some_rows)
         sums = padded[None] if parts == 1 else padded.new_empty((parts, *padded.shape), dtype=torch.float32)
-        rest = (call.reach, lse, delta, sums, *_strides(*given), call.b, *sizes, some_rows, scale)
-        call.launch("bias", tile, parts * programs, *given, *rest)
+        strides = _Strides(*given)
+        rest = (call.reach, lse, delta, sums, *strides.counts, call.b, *sizes, some_rows, scale)
+        call.launch("bias", tile, parts * programs, *given, *rest, UNIT=strides.unit)
         return sums
 
     sums = padded[None] if alone else call.tiled("bias", over_rows)

@@ -5,6 +5,9 @@ the softmax runs along, so that no logit reaches memory. Logits are kept in base
 instruction: everything that enters them is multiplied by log2(e).
 
 Offsets are 64 bits wide: a transposed pair tensor's last row lies beyond 2^31 elements at 4,096 residues.
+
+Strides come in units of UNIT elements. Triton sees by itself whether a stride is a multiple of 16, and of no other
+number: 16-bit heads of 24 it would load number by number, and not ahead.
 """
 
 from typing import Any
@@ -16,44 +19,56 @@ from ._triton_common import LOG2E, dot
 
 
 @triton.jit
-def load_rows(at, index, stride, count, D: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def of_row(at, item, head, row, stride_b, stride_h, stride_r, UNIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the matrix of an item, head and row begins."""
+    return at + (item * stride_b + head * stride_h + row * stride_r) * UNIT
+
+
+@triton.jit
+def load_rows(  # type: ignore[no-untyped-def]
+    at, index, stride, count, D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
     """The rows `index` of a matrix [count, D], zeros beyond: Triton's tiles are as wide as a power of two."""
     d = tl.arange(0, WIDTH)
     there = index[:, None] < count
     if D != WIDTH:
         there = there & (d[None, :] < D)
-    return tl.load(at + index[:, None].to(tl.int64) * stride + d[None, :], mask=there, other=0.0)
+    return tl.load(at + index[:, None].to(tl.int64) * stride * UNIT + d[None, :], mask=there, other=0.0)
 
 
 @triton.jit
-def load_columns(at, index, stride, count, D: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_columns(  # type: ignore[no-untyped-def]
+    at, index, stride, count, D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
     """The same rows, as columns."""
     d = tl.arange(0, WIDTH)
     there = index[None, :] < count
     if D != WIDTH:
         there = there & (d[:, None] < D)
-    return tl.load(at + index[None, :].to(tl.int64) * stride + d[:, None], mask=there, other=0.0)
+    return tl.load(at + index[None, :].to(tl.int64) * stride * UNIT + d[:, None], mask=there, other=0.0)
 
 
 @triton.jit
-def store_rows(at, tile, index, stride, count, D: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def store_rows(  # type: ignore[no-untyped-def]
+    at, tile, index, stride, count, D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
     """Write what `load_rows` would read."""
     d = tl.arange(0, WIDTH)
     there = index[:, None] < count
     if D != WIDTH:
         there = there & (d[None, :] < D)
-    place = at + index[:, None].to(tl.int64) * stride + d[None, :]
+    place = at + index[:, None].to(tl.int64) * stride * UNIT + d[None, :]
     tl.store(place, tile.to(at.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def load_bias(at, i, j, stride, queries, padded_keys):  # type: ignore[no-untyped-def]
+def load_bias(at, i, j, stride, queries, padded_keys, UNIT: tl.constexpr):  # type: ignore[no-untyped-def]
     """A tile of the bias [queries, padded_keys] in base 2.
 
     `i` and `j` are laid out by the caller, [i, j] or [j, i]. The bound on the keys is a multiple of 16: one that is not
     would cost the load its vectors, so the launcher pads the bias.
     """
-    place = at + i.to(tl.int64) * stride + j
+    place = at + i.to(tl.int64) * stride * UNIT + j
     return tl.load(place, mask=(i < queries) & (j < padded_keys), other=0.0).to(tl.float32) * LOG2E
 
 
@@ -90,7 +105,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     out_b, out_h, out_r, out_i,
     heads, rows, queries, keys, padded_keys, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, I: tl.constexpr, J: tl.constexpr,  # noqa: E741
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    UNIT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """I queries of one row and head against all its keys; out and the logits' log-sum-exp in base 2.
 
@@ -99,20 +114,20 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     """
     block, row, head, item = split(tl.program_id(0), tl.cdiv(queries, I), rows, heads)
     i, some = block * I + tl.arange(0, I), tl.arange(0, J)
-    k += item * k_b + head * k_h + row * k_r
-    v += item * v_b + head * v_h + row * v_r
-    bias += item * bias_b + head * bias_h
+    k = of_row(k, item, head, row, k_b, k_h, k_r, UNIT)
+    v = of_row(v, item, head, row, v_b, v_h, v_r, UNIT)
+    bias += (item * bias_b + head * bias_h) * UNIT
     reach += (item * rows + row) * padded_keys
-    q_tile = load_rows(q + item * q_b + head * q_h + row * q_r, i, q_i, queries, D, WIDTH)
+    q_tile = load_rows(of_row(q, item, head, row, q_b, q_h, q_r, UNIT), i, q_i, queries, D, WIDTH, UNIT)
     scale *= LOG2E
     top = tl.full([I], float("-inf"), tl.float32)
     total = tl.zeros([I], tl.float32)
     sums = tl.zeros([I, WIDTH], tl.float32)
     for start in range(0, keys, J):
         j = start + some
-        k_tile = load_columns(k, j, k_j, keys, D, WIDTH)
+        k_tile = load_columns(k, j, k_j, keys, D, WIDTH, UNIT)
         logits = dot(q_tile, k_tile, tl.zeros([I, J], tl.float32), PRECISION, INTERPRETED) * scale
-        logits += load_bias(bias, i[:, None], j[None, :], bias_i, queries, padded_keys)
+        logits += load_bias(bias, i[:, None], j[None, :], bias_i, queries, padded_keys, UNIT)
         logits += load_reach(reach, j, keys, padded_keys, MASKED)[None, :]
         higher = tl.maximum(top, tl.max(logits, 1))
         # While no key took part the maximum is -inf, and -inf minus itself is NaN.
@@ -120,13 +135,13 @@ def forward_kernel(  # type: ignore[no-untyped-def]
         weights = tl.exp2(logits - origin[:, None])
         shrink = tl.exp2(top - origin)
         total = total * shrink + tl.sum(weights, 1)
-        v_tile = load_rows(v, j, v_j, keys, D, WIDTH)
+        v_tile = load_rows(v, j, v_j, keys, D, WIDTH, UNIT)
         sums = dot(weights.to(v_tile.dtype), v_tile, sums * shrink[:, None], PRECISION, INTERPRETED)
         top = higher
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    out += item * out_b + head * out_h + row * out_r
-    store_rows(out, sums / total[:, None], i, out_i, queries, D, WIDTH)
+    out = of_row(out, item, head, row, out_b, out_h, out_r, UNIT)
+    store_rows(out, sums / total[:, None], i, out_i, queries, D, WIDTH, UNIT)
     lse += ((item * heads + head) * rows + row) * queries
     tl.store(lse + i, tl.where(empty, float("inf"), top + tl.log2(total)), mask=i < queries)
 

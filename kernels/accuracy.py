@@ -21,7 +21,9 @@ from .examples.layouts import stored
 from .requests import Dims, Reason, Request
 
 #: What a kernel's error may be, beyond twice that of plain PyTorch, as a part of the largest value.
-FLOOR = {torch.float64: 1e-11, torch.float32: 1e-6, torch.bfloat16: 2e-3}
+FLOOR = {torch.float64: 1e-11, torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
+#: The types of 16 bits: what stands below of bfloat16 holds for float16 as well, whose floor is an eighth.
+HALF = (torch.bfloat16, torch.float16)
 
 #: Where the rule does not hold, by how much it is exceeded, and why. Measured; nothing may be added without a reason.
 EXCEEDS = {
@@ -263,13 +265,24 @@ def _nothing_was_touched(
 
 def truth_and_plain(case: Case, dtype: torch.dtype, variant: str = "plain", device: str = "cpu") -> tuple[Ran, Ran]:
     """The definition in float64, and what plain PyTorch makes of the same inputs at `dtype`."""
-    where = "cpu" if device == "mps" else device  # MPS has no float64
+    where = "cpu" if device.partition(":")[0] == "mps" else device  # MPS has no float64
     truth = run(case, "reference", dtype, variant=variant, device=where, wide=True)
     return truth, run(case, "reference", dtype, variant=variant, device=device)
 
 
-def reasons(case: Case, kernel: str, dtype: torch.dtype, device: str, grad: bool = True) -> tuple[Reason, ...]:
-    """Every reason why a kernel cannot serve a case; empty if it can."""
+def reasons(
+    case: Case, kernel: str, dtype: torch.dtype, device: str, grad: bool = True, precision: str = "float32"
+) -> tuple[Reason, ...]:
+    """Every reason why a kernel cannot serve a case; empty if it can.
+
+    Args:
+        case: What to run.
+        kernel: The kernel's name.
+        dtype: The precision of the inputs.
+        device: Where.
+        grad: Whether gradients are asked for.
+        precision: What float32 data may be rounded to, as the configuration says it.
+    """
     kind, _, index = device.partition(":")
     if kind == "mps" and dtype is torch.float64:
         return (Reason("MPS has no float64"),)
@@ -279,10 +292,31 @@ def reasons(case: Case, kernel: str, dtype: torch.dtype, device: str, grad: bool
         dtype=dtype,
         capability=registry.machine.capability(kind, int(index) if index.isdecimal() else None),
         dims=Dims(case.dims),
+        precision=precision,
         grad=grad,
         options=case.options,
     )
     return registry.reasons_against(registry.kernels(case.operation)[kernel], request)
+
+
+@contextmanager
+def rounding(precision: str) -> Iterator[None]:
+    """PyTorch's own switch for float32 products, which kernels read: "tf32" or nothing less than float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def rule_of(dtype: torch.dtype, precision: str, device: str) -> torch.dtype:
+    """The type by whose rule a result is judged.
+
+    tf32 has ten bits, fewer than float32's rule allows for, and more than bfloat16's. Only NVIDIA's GPUs have it:
+    elsewhere float32 stays what it is, and is held to its own rule.
+    """
+    return torch.bfloat16 if precision == "tf32" and device.partition(":")[0] == "cuda" else dtype
 
 
 # Judgement ------------------------------------------------------------------------------------------------------------
@@ -309,7 +343,7 @@ def relative(got: Tensor, truth: Tensor) -> float:
 def exceeds(kernel: str, dtype: torch.dtype, device: str) -> float:
     """By how much a kernel (`operation: kernel`) may exceed the rule: 1 unless a reason is written down."""
     operation, _, name = kernel.partition(": ")
-    key = (operation, name, dtype)
+    key = (operation, name, torch.bfloat16 if dtype in HALF else dtype)
     return max(EXCEEDS.get(key, 1.0), EXCEEDS_ON_CUDA.get(key, 1.0) if device == "cuda" else 1.0)
 
 
@@ -348,7 +382,7 @@ def judge(got: Ran, plain: Ran, truth: Ran, dtype: torch.dtype) -> list[Verdict]
         of_truth = float(true.abs().max()) if true.numel() else 0.0
         least = all_gradients if of_truth < 1e-9 * all_gradients else 0.0
         verdict = judge_one(f"gradient of {name}", gradient, plain.gradients[name], true, dtype, least, more)
-        if not verdict.passed and not verdict.note and name in flips and dtype is torch.bfloat16:
+        if not verdict.passed and not verdict.note and name in flips and dtype in HALF:
             part = relative(gradient, true)
             note = f"behind a ReLU: the norm of its error is {part:.2g} of the norm, allowed {FLIPPED}"
             verdict = replace(verdict, passed=part <= FLIPPED, note=note)
@@ -365,6 +399,7 @@ def check(
     variant: str = "plain",
     backward: bool = True,
     beside: tuple[Ran, Ran] | None = None,
+    precision: str = "float32",
 ) -> Check:
     """Run one kernel on a case, and judge its outputs and every gradient.
 
@@ -376,6 +411,7 @@ def check(
         variant: How the inputs lie in memory.
         backward: Whether gradients are judged, too.
         beside: What `truth_and_plain` gave for the same; found when None. Give it where several kernels are checked.
+        precision: What float32 data may be rounded to. For "tf32", be inside of `rounding`.
 
     Raises:
         KernelUnavailable: The kernel cannot serve the case.
@@ -387,8 +423,9 @@ def check(
     verdicts: list[Verdict] = []
     broken = ""
     try:
-        got = run(case, kernel, dtype, variant=variant, device=device, backward=backward)
-        verdicts = judge(got, plain, truth, dtype)
+        settings = {"precision": precision} if precision != "float32" else {}
+        got = run(case, kernel, dtype, variant=variant, device=device, backward=backward, settings=settings)
+        verdicts = judge(got, plain, truth, rule_of(dtype, precision, device))
         for out, gone in zip(got.outputs, case.gone_outputs or [None] * len(got.outputs), strict=True):
             if gone is not None and out.cpu()[gone].any():
                 broken = "a row in which nothing takes part is not zero"

@@ -7,7 +7,6 @@ of `accuracy`: outputs, and gradients where they are asked for. Then those that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -107,7 +106,7 @@ def tune(
         KernelUnavailable: The kernel cannot serve the case.
     """
     judged = case_of(min(JUDGED_LENGTH, max(lengths)))
-    with _rounding(precision):
+    with accuracy.rounding(precision):
         trial = _Trial(judged, kernel, dtype, precision, device, backward)
         wrong = {
             (operation, name, tile): why
@@ -128,17 +127,6 @@ def _run(case: Case, kernel: str, dtype: torch.dtype, precision: str, device: st
     return accuracy.run(case, kernel, dtype, device=device, backward=backward, settings=settings)
 
 
-@contextmanager
-def _rounding(precision: str) -> Iterator[None]:
-    """PyTorch's own switch for float32 products, which the kernels read."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 class _Trial:
     """Runs a short case in each tile, and judges it."""
 
@@ -150,8 +138,7 @@ class _Trial:
         truth, plain = accuracy.truth_and_plain(case, dtype, device=device)
         if not backward:
             truth, plain = (accuracy.Ran(side.outputs, {}, side.kernels) for side in (truth, plain))
-        # tf32 has ten bits, fewer than float32's rule allows for, and more than bfloat16's.
-        rule = torch.bfloat16 if precision == "tf32" else dtype
+        rule = torch.bfloat16 if precision == "tf32" else dtype  # as `accuracy.rule_of`
         self.judge = lambda got: accuracy.judge(got, plain, truth, rule)
 
     def choices(self) -> dict[tuple[str, str], list[Tile]]:
@@ -216,6 +203,7 @@ class _Measuring:
         tried = []
         for tile in tiles:
             why = self.wrong.get((cache.operation, name, tile), "")
+            cache.judge(sizes, tile, device, right=not why)
             self.tell(f"{cache.operation} {name}: timing {_words(tile)}")
             taken = float("inf") if why else cache.time(partial(run, tile))
             if taken == float("inf"):

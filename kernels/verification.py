@@ -25,9 +25,12 @@ from .requests import Reason
 NUMBERS, MOTION = "numbers", "motion"
 #: The kernel that the others are judged by.
 DEFINITION = "reference"
+#: A precision and the type of the inputs. tf32 is float32 whose products may be rounded: `precision: tf32`.
 PRECISIONS: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
+    "tf32": torch.float32,
     "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
     "float64": torch.float64,
 }
 #: Items of a batch: the first and the last are masked in part, the second as a whole.
@@ -262,7 +265,8 @@ def _first_served(item: Item, lengths: list[int]) -> Item | Row:
         for length in lengths:
             long = replace(case, dims={**case.dims, length_name: length})
             try:
-                reasons = accuracy.reasons(long, item.kernel, PRECISIONS[item.precision], item.device, gradients)
+                dtype, rounded = PRECISIONS[item.precision], _rounded(item)
+                reasons = accuracy.reasons(long, item.kernel, dtype, item.device, gradients, rounded)
             except Exception as error:  # `supports` itself, which may be anybody's
                 reasons = (Reason(f"{type(error).__name__}: {error}"),)
             if not reasons:
@@ -301,7 +305,8 @@ def verify(item: Item) -> Row:
     start = time.perf_counter()
     try:
         case = _case(item.subject, item.length, item.batch, item.seed)
-        check = _motion(item, case) if item.what == MOTION else _numbers(item, case)
+        with accuracy.rounding(_rounded(item)):
+            check = _motion(item, case) if item.what == MOTION else _numbers(item, case)
         empty = all(verdict.largest == 0.0 for verdict in check.verdicts)
         why = check.broken or ("every value is zero: nothing was compared" if empty else "")
         row = _row(item, status="passed" if check.passed and not empty else "failed", why=why)
@@ -327,7 +332,14 @@ def verify(item: Item) -> Row:
 
 def _numbers(item: Item, case: Case) -> accuracy.Check:
     dtype, beside = PRECISIONS[item.precision], _truth_and_plain(item, case)
-    return accuracy.check(case, item.kernel, dtype, device=item.device, backward=item.gradients, beside=beside)
+    return accuracy.check(
+        case, item.kernel, dtype, device=item.device, backward=item.gradients, beside=beside, precision=_rounded(item)
+    )
+
+
+def _rounded(item: Item) -> str:
+    """What float32 data may be rounded to, in the configuration's word."""
+    return "tf32" if item.precision == "tf32" else "float32"
 
 
 def _motion(item: Item, case: Case) -> accuracy.Check:
@@ -338,7 +350,10 @@ def _motion(item: Item, case: Case) -> accuracy.Check:
     expected = plain = accuracy.Ran(move(case, truth.outputs, motion), {}, truth.kernels)
     if item.kernel != DEFINITION:  # which is compared with itself, in float64, and so must not move at all
         plain = accuracy.run(motion.case, DEFINITION, dtype, device=item.device, backward=False)
-    return accuracy.check(motion.case, item.kernel, dtype, device=item.device, backward=False, beside=(expected, plain))
+    beside = (expected, plain)
+    return accuracy.check(
+        motion.case, item.kernel, dtype, device=item.device, backward=False, beside=beside, precision=_rounded(item)
+    )
 
 
 def _row(item: Item, **fields: Any) -> Row:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -14,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from foldkernels.cli.benchmarking import memory, running, worker
+from foldkernels.cli.benchmarking import memory, running, timing, worker
 from foldkernels.cli.benchmarking.plan import Plan
 from foldkernels.cli.benchmarking.report import html
 from foldkernels.cli.benchmarking.rows import BACKWARD, FORWARD, Results, Row, read, write_json
 from foldkernels.cli.benchmarking.running import Run
 from foldkernels.cli.benchmarking.subjects import OperationSubject, Point
-from foldkernels.cli.benchmarking.workers import Worker, WorkerDied
+from foldkernels.cli.benchmarking.workers import OutOfTime, Worker, WorkerDied
 from foldkernels.cli.main import main
 from foldkernels.compat.errors import BadInput
 
@@ -111,6 +112,11 @@ def test_a_kernel_that_raises_costs_its_row_only(monkeypatch):
 def test_what_does_not_fit_into_the_time_is_not_begun():
     (found,) = answers(measure(["torch"], seconds=1e-9))
     assert found["sides"]["torch"]["status"] == "no time"
+    late = time.time() - 1000.0  # as long as the process took to start
+    (found,) = answers(measure(["torch"], seconds=1000.0, asked=late))
+    assert found["sides"]["torch"]["status"] == "no time"
+    (found,) = answers(measure(["torch"], seconds=1000.0, asked=time.time()))
+    assert found["sides"]["torch"]["seconds"]
 
 
 def test_kernels_are_checked_where_they_serve():
@@ -215,7 +221,7 @@ class Told:
         self.trial_s = trial_s
         self.asked, self.closed = [], 0
 
-    def ask(self, question, seconds, heard=None):
+    def ask(self, question, seconds, heard=None, limit=math.inf):
         self.asked.append(question)
         if question["what"] == "describe":
             names = [spec["name"] for spec in question["subjects"]]
@@ -227,7 +233,10 @@ class Told:
                 "one_process": True,
             }
         length = question["point"]["length"]
-        self.clock[0] += (length / 16) ** 2
+        takes = (length / 16) ** 2
+        self.clock[0] += min(takes, limit)
+        if takes > limit:
+            raise OutOfTime(f"stopped after {limit:.0f} s", {"at": "checking", "side": question["sides"][0]})
         if self.answer is not None:
             special = self.answer(question)
             if special is not None:
@@ -254,15 +263,15 @@ def test_the_budget_leaves_out_the_longest_and_says_so():
     assert [(row.length, row.status) for row in rows if row.kernel == "torch"] == [
         (16, "measured"),
         (32, "measured"),
-        (64, "no time"),  # 1 s, then 4 s: 16 s would be more than what is left
+        (64, "no time"),  # 1 s, then 4 s: twice that would be more than what is left
     ]
-    assert "about 16 s" in rows[-1].why and "--budget" in rows[-1].why and "budget of 6 s" in run.stopped
+    assert "about 8 s" in rows[-1].why and "--budget" in rows[-1].why and "budget of 6 s" in run.stopped
 
 
 def test_a_guess_decides_nothing_and_what_the_worker_finds_does():
     """The trial was far too slow: the shortest point is asked for all the same, and its answer decides on the rest."""
     clock = [0.0]
-    slow = {"status": "no time", "why": "7 rounds would take 50 s", "needs_s": 50.0}
+    slow = {"status": "no time", "why": "7 rounds would take 50 s", "once_s": 3.0}
 
     def answer(question):
         return {"sides": {side: dict(slow) for side in question["sides"]}} if question["what"] == "measure" else None
@@ -270,7 +279,39 @@ def test_a_guess_decides_nothing_and_what_the_worker_finds_does():
     told = Told(clock, answer, trial_s=100.0)
     run, rows = told_run(told, clock, budget=20.0)
     assert [question["point"]["length"] for question in told.asked[1:]] == [16]
-    assert {row.status for row in rows} == {"no time"} and "about 80 s" in rows[0].why and run.stopped
+    assert {row.status for row in rows} == {"no time"} and "about 78 s" in rows[0].why and run.stopped
+
+
+def test_a_point_that_overruns_its_share_is_stopped_and_what_follows_has_its_own():
+    """Whatever the machine: 64 s asked for at L=128, and 20 s there are for two subjects."""
+    clock, other = [0.0], {"kind": "operation", "name": "edge_features"}
+    run, rows = told_run(Told(clock), clock, subjects=(ATTENTION, other), lengths=(128, 256), budget=20.0)
+    assert clock[0] <= 1.25 * 20.0 and run.left() == 0.0 and "leaves out" in run.stopped
+    stopped = [row.why for row in rows if row.length == 128]
+    assert stopped[0].startswith("stopped after 12 s, checking reference: its share of the 20 s") and len(stopped) == 4
+    assert all(row.status == "no time" for row in rows) and len(rows) == 8
+
+
+def test_what_is_left_is_told_and_learns_from_what_was_off():
+    clock, told = [0.0], []
+    run = Run(
+        Plan(subjects=(ATTENTION,), lengths=(16, 32, 64), modes=(FORWARD,), memory=False),
+        told=lambda what, done, left: told.append((what, done, left)),
+        worker=lambda environment: Told(clock, trial_s=1e-6),
+        clock=lambda: clock[0],
+    )
+    run.describe()
+    assert run.left() < 6.0  # the trial says that it is quick, and it is not
+    list(run.rows())
+    parts, seconds = [done for _, done, _ in told], [left for _, _, left in told]
+    assert parts == sorted(parts) and seconds[-1] > seconds[0] and run.left() == 0.0
+    assert told[-1][0] == "attention L=64 forward float32" and 5.0 < seconds[-1] < 25.0
+
+
+def test_rounds_end_early_when_their_time_is_over():
+    count = []
+    samples = timing.interleave([lambda: count.append(1)] * 2, 9, [1, 1], until=0.0)
+    assert [len(side) for side in samples] == [timing.LEAST_ROUNDS] * 2 and len(count) == 2 * timing.LEAST_ROUNDS
 
 
 def test_each_subject_gets_its_share_of_the_budget():
@@ -343,6 +384,9 @@ def test_a_real_worker_that_dies_says_what_it_printed():
     assert died.value.at == {"at": "checking", "side": "x"} and heard == [died.value.at]
     with pytest.raises(WorkerDied, match="SIGKILL"):
         Worker([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]).ask({}, 30.0)
+    talking = "import time, json\nwhile True: print(json.dumps({'at': 'x'}), flush=True); time.sleep(0.05)"
+    with pytest.raises(OutOfTime, match="stopped after 1 s"):
+        Worker([sys.executable, "-c", talking]).ask({}, 30.0, limit=1.0)
     hanging = Worker([sys.executable, "-c", "import time; time.sleep(60)"])
     with pytest.raises(WorkerDied, match="no answer within"):
         hanging.ask({}, 0.2)
@@ -362,6 +406,21 @@ def tell(monkeypatch):
         return told
 
     return use
+
+
+def test_a_path_is_a_model(capsys, tmp_path, tell):
+    """Without --model, beside operations; what is neither is refused with what there is."""
+    config = Path(__file__).parents[1] / "examples" / "small_multiflow" / "config.yaml"
+    told = tell()
+    words = ("-l", 16, "--no-memory", "--device", "cpu", "--out", tmp_path)
+    code, _, errors = call(capsys, "attention", config, *words)
+    kinds = [(spec["kind"], spec["name"]) for spec in told.asked[0]["subjects"]]
+    assert code == 0 and kinds == [("operation", "attention"), ("model", "multiflow")]
+    assert errors.startswith("1 operation and 1 model, ")
+    code, _, errors = call(capsys, tmp_path / "nobody.ckpt", *words)
+    assert code == 2 and "no such file or folder" in errors
+    code, _, errors = call(capsys, "atention", *words)
+    assert code == 2 and "attention" in errors
 
 
 def test_wrong_numbers_are_exit_code_1(capsys, tmp_path, tell):

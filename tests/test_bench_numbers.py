@@ -20,7 +20,15 @@ from foldkernels.cli.benchmarking import (
     timing,
 )
 from foldkernels.cli.benchmarking.comparison import BROKEN, FASTER, MENDED, SAME, SLOWER, UNSURE, compare_results
-from foldkernels.cli.benchmarking.plan import Known, Plan, check_words, chosen
+from foldkernels.cli.benchmarking.plan import (
+    CALLS_BESIDE,
+    CHECK_CALLS,
+    SAMPLE_S,
+    Known,
+    Plan,
+    check_words,
+    chosen,
+)
 from foldkernels.cli.benchmarking.rows import (
     BACKWARD,
     FAILED,
@@ -250,6 +258,15 @@ def test_a_kernel_that_lost_its_time_is_worse():
         back = compared([without_time(status, "because")], [row()])
         assert back.changes[0].verdict == MENDED and not back.is_worse
     assert not compared([row()], [without_time(NO_TIME, "no time")]).is_worse
+
+
+def test_what_has_no_time_is_not_counted_as_the_same():
+    """A kernel that can run in neither, and what a budget left out of one of them."""
+    absent = [without_time(UNAVAILABLE, "no GPU", kernel="triton")]
+    found = compared([row(), row("fast"), *absent], [row(), without_time(NO_TIME, "late", kernel="fast"), *absent])
+    assert [change.new.kernel for change in found.changes] == ["torch"]
+    assert [r.kernel for r in found.only_old] == ["fast"] and found.only_new == ()
+    assert comparison.as_text(found).startswith("1 measurement in both files")
 
 
 def test_rows_of_different_machines_are_refused_unless_told():
@@ -505,10 +522,18 @@ def test_an_estimate_grows_with_the_length_and_learns():
     known = replace(KNOWN, growth=3.0, trial_length=32)
     point = {"dtype": "float32", "mode": BACKWARD, "length": 256}
     first = known.estimate(point, 2, 7)
-    assert first == pytest.approx(1.6 * 7 * 2 * 0.7 * 0.01 * 8**3)
-    assert known.estimate({**point, "mode": FORWARD}, 2, 7) == pytest.approx(0.3 * first)
-    known.learn({**point, "length": 128}, 2.0)
-    assert known.estimate(point, 2, 7) == pytest.approx(2.0 * 8)
+    each = 0.7 * 0.01 * 8**3
+    assert first == pytest.approx(2 * (7 + CALLS_BESIDE) * each + CHECK_CALLS * 4 * 0.01)
+    assert known.estimate({**point, "mode": FORWARD}, 2, 7) == pytest.approx(
+        0.3 * 2 * (7 + CALLS_BESIDE) * each + CHECK_CALLS * 4 * 0.01
+    )
+    # Calls of 0.1 and 0.2 s, and 1 s of something else: the calls grow with the length's third power, the rest with it.
+    calls = (7 + CALLS_BESIDE) * 0.3
+    known.learn({**point, "length": 128}, [0.1, 0.2], 7, calls + 1.0)
+    assert known.estimate(point, 2, 7) == pytest.approx(8 * calls + 2.0)
+    # A short call is repeated until a sample lasts 20 ms.
+    known.learn({**point, "length": 256}, [1e-5], 7, 0.0)
+    assert known.estimate(point, 1, 7) == pytest.approx(7 * SAMPLE_S, rel=1e-2)
 
 
 def test_rows_know_what_they_measure():

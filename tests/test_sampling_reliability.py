@@ -28,7 +28,6 @@ from .support.sampled import CONFIG, BatchSensitive, contents, hidden, in_a_proc
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the tests fork and mount")
 
 ASKED: dict[str, Any] = {"lengths": [5], "num": 3, "batch_size": 2}
-FILES = ("bb_traj.pdb", "sample.fasta", "sample.pdb", "x0_traj.pdb")
 
 
 def sampled(out: Path, *, model: BatchSensitive | None = None, **changes: Any) -> Any:

@@ -3,7 +3,6 @@
 No GPU is needed, and none is used: what a chip makes of that code, and how fast, is for the GPU suite.
 """
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,9 +12,8 @@ import torch
 from foldkernels.kernels import chips, registry
 from foldkernels.kernels.edge_transition import _tiles as tiles
 
-from .support.edge_code import compiled, variants
+from .support.edge_code import code, widest
 from .support.triton_tools import CHIPS, Ask, interpreter, right, slow, usage, with_triton, wrong
-from .support.usage_table import assert_written_down, cases, hold
 
 # Numbers --------------------------------------------------------------------------------------------------------------
 
@@ -104,23 +102,6 @@ def test_each_number_of_z_is_read_once(ask, n):
 
 # Code for each chip ---------------------------------------------------------------------------------------------------
 
-#: Bytes of stack a thread. On 9.0 they are used before and after the loop over hidden columns, and not in it.
-STACK = 512
-
-
-@with_triton
-@pytest.mark.parametrize("variant", cases(variants()))
-def test_it_compiles_and_fits(variant, tmp_path):
-    """Within the chip's shared memory and the table, and on the tensor cores."""
-    code = variant.compile()
-    hold("edge_transition", variant, code, tmp_path, STACK)
-    products = {80: r"mma\.sync", 89: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
-    assert re.search(products[variant.arch], code.asm["ptx"])
-
-
-def test_what_is_taken_unmeasured_is_written_down():
-    assert_written_down("edge_transition", variants())
-
 
 @with_triton
 @pytest.mark.slow
@@ -128,9 +109,8 @@ def test_what_is_taken_unmeasured_is_written_down():
 @pytest.mark.parametrize("arch", CHIPS)
 def test_the_widest_fit(arch, kernel, tmp_path):
     """The widest layers that `supports` lets through."""
-    hidden = tiles.PART * tiles.MOST_PARTS[tiles.chips(CHIPS[arch])]
-    code = compiled(arch, kernel, "bf16", (128, (hidden - 128) // 2, 128))
-    assert usage(code, tmp_path).shared <= chips.shared_memory(CHIPS[arch])
+    found = code(arch, kernel, "bf16", tiles.tiles_for(CHIPS[arch], kernel)[0], sizes=widest(arch))
+    assert usage(found, tmp_path).shared <= chips.shared_memory(CHIPS[arch])
 
 
 @with_triton
@@ -139,7 +119,7 @@ def test_the_widest_fit(arch, kernel, tmp_path):
 def test_why_not_float32(precision, pairs, spills, tmp_path):
     """What `supports` says of it: in three products of tf32 a tile of 16 pairs spills; in one, 32 fit."""
     tile = tiles.Tile(4, pairs // 4, 32, 4, 2)
-    stack = usage(compiled(80, "forward", "fp32", tile=tile, precision=precision), tmp_path).stack
+    stack = usage(code(80, "forward", "fp32", tile, precision=precision), tmp_path).stack
     assert stack > 1000 if spills else stack == 0
 
 

@@ -3,7 +3,6 @@
 No GPU is needed, and none is used: what a chip makes of that code, and how fast, is for the contract test on a GPU.
 """
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +11,7 @@ import torch
 
 from foldkernels.kernels import registry
 
-from .support.factorized_code import variants
 from .support.triton_tools import Ask, interpreter, right, slow, with_triton, wrong
-from .support.usage_table import assert_written_down, cases, hold
 
 PLAIN: dict[str, Any] = {
     "b": 1, "n": 7, "h": 2, "c": 4, "p": 2, "pv": 3, "r": 2, "cp": 3,
@@ -85,29 +82,6 @@ def test_the_operator_is_one(ask):
     found = ask(operators=True, n=5)
     assert set(found["opcheck"].values()) == {"SUCCESS"}, found["opcheck"]
     assert "factorized_point_attention: the kernel 'triton' has no second derivative" in found["twice"]
-
-
-# Code for each chip ---------------------------------------------------------------------------------------------------
-
-TABLE = "factorized_point_attention"
-#: Bytes of stack that ptxas may use where registers run out.
-STACK = 64
-
-
-@with_triton
-@pytest.mark.parametrize("variant", cases(variants()))
-def test_it_compiles_and_fits(variant, tmp_path):
-    """Within the chip's shared memory; 16 bits and points on the tensor cores, float32 never rounded to tf32."""
-    code = variant.compile()
-    hold(TABLE, variant, code, tmp_path, STACK)
-    products = re.findall(r"mma\.(?:m16n8|sync)|wgmma\.mma_async|tcgen05\.mma", code.asm["ptx"])
-    half = variant.name.startswith("bf16")
-    assert bool(products) == half, "the products are not where they should be"
-    assert ("tf32" in code.asm["ptx"]) == half
-
-
-def test_what_is_taken_unmeasured_is_written_down():
-    assert_written_down(TABLE, variants())
 
 
 # Whom it serves -------------------------------------------------------------------------------------------------------

@@ -4,9 +4,7 @@ No GPU is needed, and none is used: what a chip makes of that code, and how fast
 """
 
 import itertools
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +14,8 @@ from foldkernels.configs.presets import candidates
 from foldkernels.kernels import chips, registry
 from foldkernels.kernels.invariant_point_attention import _tiles as tiles
 
-from .support.ipa_compiled import Cell, compiled, variants
+from .support.ipa_compiled import Cell, compiled
 from .support.triton_tools import Ask, interpreter, right, slow, with_triton, wrong
-from .support.usage_table import assert_written_down, cases, hold
-
-HERE = Path(__file__).parent
 
 # Numbers --------------------------------------------------------------------------------------------------------------
 
@@ -146,41 +141,13 @@ def test_compiled(ask, autocast):
 
 # Code for each chip ---------------------------------------------------------------------------------------------------
 
-TABLE = "invariant_point_attention"
-#: float32's products are three of tf32 each: their parts do not all fit a thread's registers.
-STACK = {("bf16", 128): 96, ("bf16", 256): 256, ("fp32", 128): 512, ("fp32", 256): 1024}
-
-
-@with_triton
-@pytest.mark.parametrize("variant", cases(variants()))
-def test_it_compiles_and_fits(variant, tmp_path):
-    """Within the chip's shared memory and what was committed; products on the tensor cores; one load of z."""
-    code = variant.compile()
-    _, dtype, _, _, _, channels, _ = variant.name.split()
-    hold(TABLE, variant, code, tmp_path, STACK[dtype, int(channels)])
-    assert ("tf32" in code.asm["ptx"]) == (dtype == "fp32")
-    assert re.search(r"mma\.sync", code.asm["ptx"])
-    # One load in the loop for each chunk of z's channels; 16-bit tiles are on their way to memory before their turn,
-    # float32's are not, because their split into three products stands between the load and its use.
-    waits = re.findall(r"%(z_tile|z_more)\w* = tt\.load ", code.asm["ttgir"])
-    ahead = re.findall(r"%(z_tile|z_more)\w* = ttg\.async_copy_global_to_local ", code.asm["ttgir"])
-    chunks = ["z_tile", "z_more"][: int(channels) // tiles.CHUNK]
-    if "tf32x3" in variant.name:
-        assert waits == chunks and not ahead
-    else:
-        assert not waits and set(ahead) == set(chunks)
-
 
 @with_triton
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
 def test_sizes_of_one_compile(kernel):
     """One item, one block of keys, one residue: Triton takes a 1 for a constant."""
-    cell = Cell(90, kernel, tiles.HALF, True, 8, 128)
+    cell = Cell(90, kernel, "bf16", True, 8, 128)
     assert compiled(cell, cell.plans()[0], "ieee", masked=False, ones=("items", "blocks_a_part", "n")).asm["cubin"]
-
-
-def test_what_is_taken_unmeasured_is_written_down():
-    assert_written_down(TABLE, variants())
 
 
 # Whom it serves -------------------------------------------------------------------------------------------------------

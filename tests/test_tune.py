@@ -75,8 +75,11 @@ def test_every_kernel_of_every_operation_is_tuned(ask, operation, kernels):
 
 @with_triton
 def test_a_wrong_tile_is_not_timed_and_not_kept(ask):
-    choice = the(ask(fault="writes nothing"), "forward")
+    found = ask(fault="writes nothing")
+    choice = the(found, "forward")
     right, wrong = choice["tried"]
+    (kept,) = found["kept"]
+    assert [*kept["wrong"].values()] == [[[*wrong["tile"].values()]]] and "forward" in next(iter(kept["wrong"]))
     assert right["milliseconds"] and wrong["milliseconds"] is None and "output 0" in wrong["why_not"]
     assert choice["chosen"] == right["tile"] and choice["gain"] == 1
 

@@ -1,8 +1,10 @@
 """`foldkernels verify`: what is right passes, whatever is planted wrong is seen, and the exit code says so."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from foldkernels.cli.environment import OURS
 from foldkernels.cli.main import main
-from foldkernels.kernels import registry, verification
+from foldkernels.kernels import accuracy, registry, verification
 from foldkernels.kernels.attention import attention, reference
 from foldkernels.kernels.binding import Use
 from foldkernels.kernels.examples import builders
@@ -317,3 +319,49 @@ def test_items_and_rows_are_plain_data():
     row = verify(item)
     assert row.status == "passed" and row.users == ("a", "b")
     assert Row(**{**json.loads(json.dumps(row.as_dict())), "users": row.users}) == row
+
+
+def test_tf32_is_a_setting_and_float16_a_type(call):
+    """A CPU has no tf32, which the report says; a kernel that takes no float16 is listed, and not failed."""
+    asked = []
+
+    def supports(request):
+        asked.append((request.precision, request.dtype))
+        return [Reason("no float16 here", "use bfloat16")] if request.dtype is torch.float16 else []
+
+    def rounds(q: Tensor, *rest: Any) -> Tensor:
+        assert torch.get_float32_matmul_precision() == ("high" if settings[-1] == "tf32" else "highest")
+        return reference.run(q, *rest)
+
+    settings: list[str] = []
+    planted(rounds, supports=lambda request: (settings.append(request.precision), supports(request))[1])
+    words = [word for word in ATTENTION if word not in ("--precision", "float32")]
+    code, report = call(*words, "--precision", "tf32,float16")
+    assert code == 0, report
+    assert {(row["kernel"], row["precision"], row["status"]) for row in report["checks"]} == {
+        ("torch", "tf32", "passed"), ("torch", "float16", "passed"), ("planted", "tf32", "passed"),
+    }  # fmt: skip
+    assert ("tf32", torch.float32) in asked and ("float32", torch.float16) in asked
+    assert [row["why"] for row in report["not_checked"] if row["kernel"] == "planted"] == ["no float16 here"]
+    assert "held to float32's rule" in report["notes"][0]
+    assert torch.get_float32_matmul_precision() == "highest"
+    # float16 is held to more than bfloat16 is: what rounds to bfloat16 does not pass.
+    planted(lambda q, *rest: reference.run(q, *rest).bfloat16().to(q.dtype), "coarse")
+    code, report = call(*words, "--precision", "float16")
+    assert code == 1 and [row["status"] for row in rows_of(report, "coarse")] == ["failed"] and not report["notes"]
+
+
+def test_a_precision_is_judged_by_the_rule_of_what_rounds():
+    assert accuracy.rule_of(torch.float32, "tf32", "cuda:0") is torch.bfloat16
+    assert accuracy.rule_of(torch.float32, "tf32", "cpu") is torch.float32
+    assert accuracy.rule_of(torch.float32, "float32", "cuda") is torch.float32
+    assert accuracy.exceeds("attention: torch", torch.float16, "cpu") == 2.5
+
+
+@pytest.mark.parametrize("words", [("verify",), ("explain",), ("bench", "--no-memory", "--model")], ids=lambda w: w[0])
+def test_a_model_that_no_memory_holds_is_refused_at_once(words, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    text = (Path(__file__).parents[1] / "examples" / "small_multiflow" / "config.yaml").read_text()
+    config.write_text(re.sub(r"num_blocks: \d+", "num_blocks: 1000000000", text))
+    assert main([*words, str(config), *(["--out", str(tmp_path / "out")] if words[0] == "bench" else [])]) == 2
+    assert "num_blocks" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -20,8 +20,12 @@ DTYPES: Mapping[str, tuple[str, ...]] = {"cuda": ("bfloat16", "float32")}
 USUAL_BUDGET = 240.0
 #: A forward pass takes this part of forward and backward together, about.
 FORWARD_SHARE = 0.3
-#: Checks, inputs and memory cost this many times what the timing does, and so many seconds a process.
-OVERHEAD, START_S = 1.6, 4.0
+#: Seconds to start a process, and what a sample lasts at least.
+START_S, SAMPLE_S = 4.0, 0.02
+#: Calls of each side beside those that are timed: two before, two for its memory, which draw inputs as well.
+CALLS_BESIDE = 6.0
+#: What a check takes, in short calls with gradients: three items, longer ones, the truth in float64.
+CHECK_CALLS = 10.0
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,19 @@ class Known:
     trial_s: float = 0.0
     trial_length: int = 32
     sizes: Mapping[str, int] = field(default_factory=dict)
-    _seen: dict[tuple[str, str], tuple[int, float]] = field(default_factory=dict)
+    _seen: dict[tuple[str, str], tuple[int, tuple[float, ...], float]] = field(default_factory=dict)
 
-    def learn(self, point: Mapping[str, Any], seconds: float) -> None:
-        """Remember how long a point took."""
-        self._seen[point["dtype"], point["mode"]] = (point["length"], seconds)
+    def learn(self, point: Mapping[str, Any], calls: Sequence[float], rounds: int, beside: float) -> None:
+        """Remember what a point took.
+
+        Args:
+            point: Which.
+            calls: Seconds of one call of each side.
+            rounds: How many samples were taken of each.
+            beside: Seconds of all that was done at it, but for checks: those are made once.
+        """
+        rest = max(0.0, beside - _timing(calls, rounds))
+        self._seen[point["dtype"], point["mode"]] = (point["length"], tuple(calls), rest)
 
     def has_seen(self, point: Mapping[str, Any]) -> bool:
         """Whether a shorter point of the same pass has been measured."""
@@ -107,11 +119,19 @@ class Known:
         """Seconds that a point will take, from a shorter one or from the trial."""
         seen = self._seen.get((point["dtype"], point["mode"]))
         if seen is not None:
-            return seen[1] * (point["length"] / seen[0]) ** self.growth
+            length, calls, rest = seen
+            longer = point["length"] / length
+            # What is not timed grows, too, but little of it as the calls do.
+            return _timing([seconds * longer**self.growth for seconds in calls], rounds) + rest * longer
         share = FORWARD_SHARE if point["mode"] == FORWARD else 1.0
         grown = (point["length"] / self.trial_length) ** self.growth
-        # A sample lasts 20 ms at least, and a kernel takes less than the definition that the trial most often ran.
-        return OVERHEAD * rounds * sides * max(0.02, 0.7 * share * self.trial_s * grown)
+        # A kernel takes less than the definition, which the trial most often ran.
+        return _timing([0.7 * share * self.trial_s * grown] * sides, rounds) + CHECK_CALLS * (sides + 2) * self.trial_s
+
+
+def _timing(calls: Sequence[float], rounds: int) -> float:
+    """Seconds to take samples of some calls in turns, and to call each beside that."""
+    return sum(rounds * max(SAMPLE_S, seconds) + CALLS_BESIDE * seconds for seconds in calls)
 
 
 def chosen(

@@ -5,18 +5,41 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ...compat.errors import BadInput
 from . import figures
-from .plan import OVERHEAD, START_S, Known, Plan, chosen
+from .plan import START_S, Known, Plan, chosen
 from .processes import EXACT_MEMORY
 from .rows import FAILED, MEASURED, NO_TIME, UNAVAILABLE, Row
-from .workers import Worker, WorkerDied, bench_worker
+from .workers import OutOfTime, Worker, WorkerDied, bench_worker
 
 #: Seconds without a word after which a worker counts as hanging, and how many times the estimate it has at least.
 SILENCE_S, SILENCE_FACTOR = 180.0, 30.0
-Told = Callable[[str, float], object]
+#: The part of its share of a budget by which a subject may overrun it, and the least that a point gets in seconds.
+GRACE, LEAST_S = 0.25, 1.0
+#: The part of a budget that trials may take.
+TRIALS = 0.25
+#: Estimates are corrected by what points really took, as soon as that is more than so many seconds.
+TRUSTED_S = 10.0
+Told = Callable[[str, float, float], object]
+
+
+@dataclass
+class _Taken:
+    """What a point took of the workers: seconds, without those to start a process, and how many checks took."""
+
+    seconds: float = 0.0
+    checking: float = 0.0
+
+    def by(self, clock: Callable[[], float], worker: Worker, *question: Any) -> dict[str, Any]:
+        """Ask a worker, and note what its answer says that it took."""
+        began = clock()
+        answer = worker.ask(*question)
+        self.seconds += answer.get("took_s", clock() - began)
+        self.checking += answer.get("checking_s", 0.0)
+        return answer
 
 
 class Run:
@@ -24,7 +47,7 @@ class Run:
 
     Args:
         plan: What to measure.
-        told: Told what is being done, and the part of the whole that is done (0 to 1).
+        told: Told what is being done, the part of the whole that is done (0 to 1), and about how many seconds are left.
         worker: Starts a worker process, with variables to add to its environment; `bench_worker` when None.
         clock: Seconds.
     """
@@ -36,7 +59,7 @@ class Run:
         worker: Callable[[Mapping[str, str]], Worker] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.plan, self.told = plan, told or (lambda what, done: None)
+        self.plan, self.told = plan, told or (lambda what, done, left: None)
         self._new_worker, self._clock = worker or bench_worker, clock
         self.started = clock()
         self.machine: dict[str, Any] = {}
@@ -45,8 +68,9 @@ class Run:
         self.stopped = ""
         self._one_process = True
         self._workers: list[Worker] = []
-        self._measuring_since = 0.0
-        self._estimate, self._done = 1.0, 0.0
+        self._guessed, self._took = 0.0, 0.0
+        self._to_do: list[tuple[Known, dict[str, Any]]] = []
+        self._point_began = 0.0
 
     @property
     def seconds(self) -> float:
@@ -71,10 +95,11 @@ class Run:
             "device": self.plan.device,
             "dtypes": list(self.plan.dtypes),
             "points": list(self.plan.points()),
+            "seconds": None if self.plan.budget is None else TRIALS * self.plan.budget,
         }
         worker = self._worker()
         try:
-            answer = worker.ask(question, 600.0, lambda at: self.told(f"looking at {at.get('subject', '')}", 0.0))
+            answer = worker.ask(question, 600.0, lambda at: self.told(f"looking at {at.get('subject', '')}", 0.0, 0.0))
         except WorkerDied as died:
             raise BadInput(f"nothing can be measured: {died}") from None
         finally:
@@ -84,71 +109,113 @@ class Run:
         self.machine, self.versions = answer["machine"], answer["versions"]
         self._one_process = answer["one_process"]
         self.known = [Known(**found) for found in answer["subjects"]]
-        self._estimate = self.estimate()
-        self._measuring_since = self.seconds
+        self._to_do = [(known, point) for known in self.known for point in self.plan.points()]
+        self._point_began = self.seconds
 
     def sides(self, known: Known) -> tuple[list[str], set[str]]:
         """The sides of a subject that are asked for, and those that must run."""
         return chosen(known.name, known, self.plan.words, self.plan.device, self.plan.baseline)
 
-    def estimate(self) -> float:
-        """Seconds that all of it takes, about."""
-        total = 0.0
-        for known in self.known:
-            able = [side for side in self.sides(known)[0] if not known.why.get(side)]
-            processes = 2 if self.plan.memory and self.plan.device == "cpu" else 1
-            total += START_S * processes
-            total += sum(known.estimate(point, len(able), self.plan.rounds) for point in self.plan.points())
+    def left(self) -> float:
+        """Seconds that are left, about: what is to be done, corrected by how far the estimates were off so far.
+
+        A budget ends it sooner: then no subject still to come takes more than its share.
+        """
+        off = (TRUSTED_S + self._took) / (TRUSTED_S + self._guessed)
+        needs: dict[int, float] = {}
+        for known, point in self._to_do:
+            if id(known) not in needs:
+                needs[id(known)] = START_S if needs or not self._took else 0.0
+            needs[id(known)] += off * self._guess(known, point)
+        if self._to_do:
+            present = id(self._to_do[0][0])
+            needs[present] = max(0.0, needs[present] - (self.seconds - self._point_began))
+        if self.plan.budget is None:
+            return sum(needs.values())
+        time_left, total = max(0.0, self.plan.budget - self.seconds), 0.0
+        for i, seconds in enumerate(needs.values()):
+            total += min(seconds, (time_left - total) / (len(needs) - i))
         return total
+
+    def _guess(self, known: Known, point: Mapping[str, Any]) -> float:
+        able = [side for side in self.sides(known)[0] if not known.why.get(side)]
+        return known.estimate(point, len(able), self.plan.rounds) if able else 0.0
+
+    def _tell(self, what: str) -> None:
+        left = self.left()
+        self.told(what, self.seconds / max(self.seconds + left, 1e-9), left)
 
     def rows(self) -> Iterator[list[Row]]:
         """Measure, and give the rows of each point as they come."""
-        for i, (spec, known) in enumerate(zip(self.plan.subjects, self.known, strict=True)):
-            # Each subject gets its share of the time that is left; what it does not use goes to those that follow.
-            budget = self.plan.budget
-            spent = self.seconds - self._measuring_since
-            left = None if budget is None else (budget - spent) / (len(self.known) - i)
-            until = None if left is None else self.seconds + left
-            try:
-                yield from self._subject(spec, known, until)
-            finally:
-                self.close()
+        # Memory is measured in one process for all: its allocator keeps nothing from one subject to the next.
+        exact = {"GLIBC_TUNABLES": EXACT_MEMORY}
+        peaks = self._worker(exact) if self.plan.memory and self.plan.device == "cpu" else None
+        try:
+            for i, (spec, known) in enumerate(zip(self.plan.subjects, self.known, strict=True)):
+                # Each subject gets its share of the time that is left; what it does not use goes to those that follow.
+                budget = self.plan.budget
+                share = None if budget is None else (budget - self.seconds) / (len(self.known) - i)
+                timer = self._worker()
+                try:
+                    yield from self._subject(spec, known, timer, peaks, share)
+                finally:
+                    timer.close()
+        finally:
+            self.close()
 
     # One subject ------------------------------------------------------------------------------------------------------
 
-    def _subject(self, spec: Mapping[str, Any], known: Known, until: float | None) -> Iterator[list[Row]]:
+    def _subject(
+        self, spec: Mapping[str, Any], known: Known, timer: Worker, peaks: Worker | None, share: float | None
+    ) -> Iterator[list[Row]]:
+        """Its rows, point by point.
+
+        Args:
+            spec: Of the plan's subjects.
+            known: What is known of it.
+            timer: The process that checks and times.
+            peaks: The one that measures memory; None where the timer does, or nobody.
+            share: Seconds that all of it may take. No point is begun that would take longer, and one that does is
+                stopped.
+        """
         sides, _ = self.sides(known)
-        timer = self._worker()
-        exact = {"GLIBC_TUNABLES": EXACT_MEMORY}
-        peaks = self._worker(exact) if self.plan.memory and self.plan.device == "cpu" else None
+        began = self.seconds
         for point in self.plan.points():
             able = [side for side in sides if not known.why.get(side)]
-            guess = known.estimate(point, max(1, len(able)), self.plan.rounds)
+            guess = self._guess(known, point)
             what = f"{known.name} L={point['length']} {point['mode']} {point['dtype']}"
-            self.told(what, self._share_done())
-            left = None if until is None else until - self.seconds
+            self._point_began = self.seconds
+            self._tell(what)
+            left = None if share is None else began + share - self.seconds
             # A guess by the trial decides nothing: the worker calls a kernel twice, and then knows.
             if left is not None and able and (left <= 0 or (known.has_seen(point) and guess > left)):
+                self._to_do.pop(0)
                 yield self._no_time(known, sides, point, guess, left)
                 continue
-            began = self.seconds
+            stop = math.inf if left is None or share is None else self.seconds + max(LEAST_S, left + GRACE * share)
             unable = [side for side in sides if known.why.get(side)]
             found: dict[str, dict[str, Any]] = {
                 side: {"status": UNAVAILABLE, "why": known.why[side]} for side in unable
             }
-            found |= self._measure(timer, spec, able, point, guess, left, what) if able else {}
+            taken = _Taken()
+            found |= self._measure(timer, spec, able, point, guess, (left, stop), what, taken) if able else {}
             found = {side: found[side] for side in sides}
+            timed = [side for side in sides if "seconds" in found[side]]
             if peaks is not None:
-                for side in [side for side in sides if "seconds" in found[side]]:
-                    found[side]["memory_mb"] = self._peak(peaks, spec, side, point, guess)
-            if any("seconds" in row for row in found.values()):
-                known.learn(point, self.seconds - began)
-            for row in found.values():
-                if row.get("status") == NO_TIME:
-                    known.learn(point, OVERHEAD * row["needs_s"])
-                    self._out_of_time()
-                    row["why"] = self._too_long(OVERHEAD * row["needs_s"])
-            self._done += guess
+                for side in timed:
+                    found[side]["memory_mb"] = self._peak(peaks, spec, side, point, guess, stop, taken)
+            self._to_do.pop(0)
+            if timed:
+                calls = [figures.spread(found[side]["seconds"]).median / 1e3 for side in timed]
+                known.learn(point, calls, self.plan.rounds, taken.seconds - taken.checking)
+                self._took, self._guessed = self._took + taken.seconds, self._guessed + guess
+            late = [row for row in found.values() if row.get("status") == NO_TIME]
+            if late:
+                self._out_of_time()
+            if any("once_s" in row for row in late):
+                known.learn(point, [row["once_s"] for row in late], self.plan.rounds, 0.0)
+                for row in late:
+                    row["why"] = self._too_long(self._guess(known, point))
             yield self._as_rows(known, point, found)
 
     def _measure(
@@ -158,17 +225,30 @@ class Run:
         sides: list[str],
         point: Mapping[str, Any],
         guess: float,
-        left: float | None,
+        times: tuple[float | None, float],
         what: str,
+        taken: _Taken,
     ) -> dict[str, dict[str, Any]]:
-        """What came of every side; one that takes the process down costs itself only, and the others go again."""
+        """What came of every side; one that takes the process down costs itself only, and the others go again.
+
+        Args:
+            worker: The process.
+            spec: Of the plan's subjects.
+            sides: Which.
+            point: Where.
+            guess: Seconds that it takes, about.
+            times: How many seconds there are, and when it is stopped.
+            what: The point in words.
+            taken: Added to.
+        """
+        left, stop = times
         failed: dict[str, dict[str, Any]] = {}
         again = list(sides)
         silence = max(SILENCE_S, SILENCE_FACTOR * guess)
 
         def heard(at: Mapping[str, Any]) -> None:
             words = f"{at['at']} {at['side']}" if "side" in at else f"round {at.get('round')} of {at.get('rounds')}"
-            self.told(f"{what}: {words}", self._share_done())
+            self._tell(f"{what}: {words}")
 
         while again:
             question = {
@@ -179,9 +259,14 @@ class Run:
                 "rounds": self.plan.rounds,
                 "memory": self.plan.memory,
                 "seconds": left,
+                "asked": time.time(),  # the process may have to start first
             }
             try:
-                answer = worker.ask(question, silence, heard)
+                answer = taken.by(self._clock, worker, question, silence, heard, stop - self.seconds)
+            except OutOfTime as late:
+                doing = f", {late.at['at']} {late.at.get('side', '')}".rstrip() if "at" in late.at else ""
+                why = f"{late}{doing}: {self._used_up()}"
+                return {**failed, **{side: {"status": NO_TIME, "why": why} for side in again}}
             except WorkerDied as died:
                 guilty = died.at.get("side")
                 if guilty not in again:  # between two sides, or while they took turns: nobody knows which
@@ -195,13 +280,23 @@ class Run:
         return failed
 
     def _peak(
-        self, worker: Worker, spec: Mapping[str, Any], side: str, point: Mapping[str, Any], guess: float
+        self,
+        worker: Worker,
+        spec: Mapping[str, Any],
+        side: str,
+        point: Mapping[str, Any],
+        guess: float,
+        stop: float,
+        taken: _Taken,
     ) -> float | None:
-        """A side's peak memory; None where it cannot be measured."""
+        """A side's peak memory; None where it cannot be measured, or there is no time for it."""
         question = {"what": "memory", "subject": spec, "side": side, "point": point}
-        self.told(f"{spec['name']} L={point['length']} {point['mode']}: memory of {side}", self._share_done())
+        self._tell(f"{spec['name']} L={point['length']} {point['mode']} {point['dtype']}: memory of {side}")
+        silence, limit = max(SILENCE_S, SILENCE_FACTOR * guess), stop - self.seconds
+        if limit <= 0:
+            return None
         try:
-            found = worker.ask(question, max(SILENCE_S, SILENCE_FACTOR * guess)).get("memory_mb")
+            found = taken.by(self._clock, worker, question, silence, None, limit).get("memory_mb")
         except WorkerDied:
             return None
         if not self._one_process:
@@ -212,16 +307,16 @@ class Run:
         self, known: Known, sides: list[str], point: Mapping[str, Any], guess: float, left: float
     ) -> list[Row]:
         self._out_of_time()
-        words = (
-            self._too_long(guess) if left > 0 else f"its share of the {self.plan.budget:.0f} s (--budget) was used up"
-        )
+        words = self._too_long(guess) if left > 0 else self._used_up()
         found = {side: {"status": NO_TIME, "why": words} for side in sides if not known.why.get(side)}
         found |= {side: {"status": UNAVAILABLE, "why": known.why[side]} for side in sides if known.why.get(side)}
-        self._done += guess
         return self._as_rows(known, point, {side: found[side] for side in sides})
 
     def _too_long(self, seconds: float) -> str:
         return f"it would take about {seconds:.0f} s, more than its share of the {self.plan.budget:.0f} s (--budget)"
+
+    def _used_up(self) -> str:
+        return f"its share of the {self.plan.budget:.0f} s (--budget) was used up"
 
     def _out_of_time(self) -> None:
         self.stopped = f"the budget of {self.plan.budget:.0f} s leaves out what is longest"
@@ -279,13 +374,6 @@ class Run:
         worker = self._new_worker({**threads, **(environment or {})})
         self._workers.append(worker)
         return worker
-
-    def _share_done(self) -> float:
-        """The part that is done: of the estimate, or of the budget where that ends first."""
-        share = self._done / max(self._estimate, 1e-9)
-        if self.plan.budget is not None:
-            share = max(share, (self.seconds - self._measuring_since) / self.plan.budget)
-        return min(1.0, share)
 
 
 def _finite(value: float | None) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import statistics
 import time
@@ -18,6 +19,8 @@ except ImportError:  # Windows counts no page faults
 
 #: Bytes written between two calls on a GPU: several times any L2 cache, so that a call finds nothing in it.
 FLUSHED = 1 << 28
+#: Fewer rounds have no quartiles.
+LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ def interleave(
     *,
     sample: Callable[[Callable[[], object], int], Sample] | None = None,
     progress: Callable[[], object] | None = None,
+    until: float = math.inf,
 ) -> list[list[Sample]]:
     """Sample functions in turn, round by round; each round begins one further on, and every second runs backwards.
 
@@ -51,6 +55,7 @@ def interleave(
         calls: how often a sample calls its function, for each side.
         sample: takes one sample; by the clock when None.
         progress: called after every round.
+        until: when, by `time.monotonic`, the rounds that there are have to do; `LEAST_ROUNDS` are taken at least.
 
     Returns:
         The samples of each side, by round.
@@ -62,6 +67,8 @@ def interleave(
     gc.disable()
     try:
         for turn in range(rounds):
+            if turn >= LEAST_ROUNDS and time.monotonic() > until:
+                break
             start = (turn // 2) % max(1, len(order))
             turned = order[start:] + order[:start]
             for side in turned if turn % 2 == 0 else reversed(turned):

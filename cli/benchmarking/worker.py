@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import json
+import math
 import signal
 import sys
 import time
@@ -69,6 +70,7 @@ class Answerer:
 
     def _describe(self, question: Mapping[str, Any]) -> Answer:
         found = []
+        until = time.monotonic() + (question.get("seconds") or math.inf)
         for spec in question["subjects"]:
             self.tell({"at": "looking", "subject": spec["name"]})
             subject = self._subject(spec)
@@ -81,7 +83,7 @@ class Answerer:
                     "sides": sides,
                     "alike": dict(subject.alike(question["device"])),
                     "why": {side: _everywhere(subject, side, question["points"]) for side in sides},
-                    "trial_s": self._trial(subject, sides, question),
+                    "trial_s": self._trial(subject, sides, question) if time.monotonic() < until else 0.0,
                     "trial_length": TRIAL,
                 }
             )
@@ -109,6 +111,7 @@ class Answerer:
     # Measuring --------------------------------------------------------------------------------------------------------
 
     def _measure(self, question: Mapping[str, Any]) -> Answer:
+        began = time.monotonic() - max(0.0, time.time() - question.get("asked", math.inf))
         subject, point = self._subject(question["subject"]), Point(**question["point"])
         found: dict[str, Answer] = {side: {} for side in question["sides"]}
         calls: dict[str, Callable[[], object]] = {}
@@ -117,19 +120,20 @@ class Answerer:
             row |= self._prepare(subject, side, point)
             if "status" not in row:
                 calls[side], once[side] = row.pop("call"), row.pop("once")
+        checking = sum(row.pop("checking", 0.0) for row in found.values())
         rounds = int(question["rounds"])
         take = timing.sample_by_events if point.device.startswith("cuda") else timing.sample_by_clock
         per_sample = {side: timing.calls_per_sample(seconds) for side, seconds in once.items()}
         needs = rounds * sum(per_sample[side] * once[side] for side in calls)
         left = question.get("seconds")
-        if left is not None and needs > left:
+        if left is not None and needs > left - (time.monotonic() - began):
             for side in calls:
                 found[side] |= {
                     "status": "no time",
                     "why": f"{rounds} rounds would take {needs:.0f} s",
-                    "needs_s": needs,
+                    "once_s": once[side],
                 }
-            return {"sides": found}
+            return {"sides": found, "checking_s": checking}
         done = 0
 
         def progress() -> None:
@@ -137,8 +141,9 @@ class Answerer:
             done += 1
             self.tell({"at": "timing", "round": done, "rounds": rounds})
 
+        until = math.inf if left is None else began + left
         samples = timing.interleave(
-            list(calls.values()), rounds, list(per_sample.values()), sample=take, progress=progress
+            list(calls.values()), rounds, list(per_sample.values()), sample=take, progress=progress, until=until
         )
         for side, taken in zip(calls, samples, strict=True):
             found[side] |= {
@@ -149,7 +154,7 @@ class Answerer:
             if question["memory"] and not point.device.startswith("cpu"):
                 self.tell({"at": "memory", "side": side})
                 found[side]["memory_mb"] = peak_of(calls[side])
-        return {"sides": found}
+        return {"sides": found, "checking_s": checking}
 
     def _prepare(self, subject: Subject, side: str, point: Point) -> Answer:
         """Check a side and call it twice; or why it gets no time."""
@@ -159,8 +164,10 @@ class Answerer:
         row: Answer = {}
         try:
             self.tell({"at": "checking", "side": side})
+            began = time.monotonic()
             checked = subject.check(side, point)
             row = {
+                "checking": time.monotonic() - began,
                 "error": checked.error,
                 "plain_error": checked.plain,
                 "allowed_error": checked.allowed,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import subprocess
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 Answer = dict[str, Any]
+#: Seconds that a process has to end after it was killed; then it is left alone.
+KILLED_WITHIN = 10.0
 
 
 class WorkerDied(RuntimeError):
@@ -33,6 +36,10 @@ class WorkerDied(RuntimeError):
     def __init__(self, message: str, at: Mapping[str, Any]) -> None:
         super().__init__(message)
         self.at = dict(at)
+
+
+class OutOfTime(WorkerDied):
+    """The process was ended because its time was up."""
 
 
 class Worker:
@@ -54,7 +61,11 @@ class Worker:
         self._lines: queue.Queue[str | None] = queue.Queue()
 
     def ask(
-        self, question: Mapping[str, Any], seconds: float, heard: Callable[[Mapping[str, Any]], object] | None = None
+        self,
+        question: Mapping[str, Any],
+        seconds: float,
+        heard: Callable[[Mapping[str, Any]], object] | None = None,
+        limit: float = math.inf,
     ) -> Answer:
         """What the process answers.
 
@@ -62,21 +73,26 @@ class Worker:
             question: JSON values.
             seconds: The longest that it may say nothing.
             heard: Told every line before the answer.
+            limit: The longest that it may take, whatever it says.
 
         Raises:
             WorkerDied: It ended, or said nothing for so long; the next question starts another.
+            OutOfTime: It took longer than the limit; likewise.
         """
         process = self._started()
         at: Mapping[str, Any] = {}
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # then there is no answer either
             print(json.dumps(question), file=process.stdin, flush=True)
+        end = time.monotonic() + limit
         until = time.monotonic() + seconds
         while True:
             try:
-                line = self._lines.get(timeout=max(0.0, until - time.monotonic()))
+                line = self._lines.get(timeout=max(0.0, min(until, end) - time.monotonic()))
             except queue.Empty:
                 self.close()
+                if end < until:
+                    raise OutOfTime(f"stopped after {limit:.0f} s", at) from None
                 raise WorkerDied(f"no answer within {seconds:.0f} s", at) from None
             if line is None:
                 code = self.close()
@@ -104,7 +120,8 @@ class Worker:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 ended = process.wait(0.5 if process.stdout is not None and process.stdout.closed else 0.05)
         process.kill()
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to it
+            process.wait(KILLED_WITHIN)
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(OSError):
                 if pipe is not None:

@@ -22,8 +22,8 @@ from ..errors import BadInput
 from .configuration import ModelConfig, as_model_config
 from .extras import enrichment_of, esm_combiner_of, sequence_net_of
 
-#: Residue types of Multiflow: 20 amino acids, then the mask.
-NUM_TOKENS, MASK_TOKEN_INDEX = 20, 20
+#: Residue types of Multiflow: 20 amino acids; the mask has the next number.
+NUM_TOKENS = 20
 ANGSTROM_TO_NM, NM_TO_ANGSTROM = 0.1, 10.0
 
 

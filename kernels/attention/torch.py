@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..custom import fused_by_pytorch
 from ..products import dot_product_attention
 from ..registry import register
 from ..requests import KernelFunction, serves_everything
@@ -28,7 +29,7 @@ def run(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if keep is None:
         allowed = None if mask is None else mask[:, None, None, :]
-        out = dot_product_attention(q, k, v, allowed)
+        out = fused_by_pytorch(dot_product_attention(q, k, v, allowed), operation="attention", kernel="torch")
     else:
         # SDPA would draw its own mask, and on a CPU it keeps several n x n tensors for the backward.
         out = attention_dropped(q, k, v, mask, keep, dropout)

@@ -6,7 +6,6 @@ A package that adds an operation calls `register_example`, and then its kernels 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..registry import operations
 from .case import Case
 from .edges import edge_features_case, edge_transition_attention_case, edge_transition_case
 from .points import factorized_point_attention_case, invariant_point_attention_case
@@ -151,8 +150,3 @@ def varied(operation: str, n: int, batch: int, masked: bool, size: int = SMALL, 
         sizes["c"] = sizes["cz"]  # as in every published model: the result may then take the product's place
     features = {**features_by_length(operation, n, masked, size), **more}
     return make(operation, n, batch=batch, masked=masked, sizes=sizes, seed=seed, **features)
-
-
-def without_example() -> list[str]:
-    """The operations that are registered, and that nobody has made inputs for."""
-    return sorted(name for name in operations() if name not in BUILDERS)

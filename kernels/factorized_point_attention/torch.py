@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..custom import fused_by_pytorch
 from ..products import dot_product_attention
 from ..registry import register
 from ..requests import KernelFunction, serves_everything
@@ -65,6 +66,7 @@ def _attend(
         of_keys, of_values = q.shape[-1], v.shape[-1]
     wide_q, wide_k = (_pad(x, of_keys) for x in (q, k))
     out = dot_product_attention(wide_q, wide_k, _pad(v, of_values), scale=1.0)
+    out = fused_by_pytorch(out, operation="factorized_point_attention", kernel="torch")
     return out[..., : v.shape[-1]]
 
 

@@ -1,64 +1,119 @@
 """Compiles the Triton attention with a dense bias ahead of time."""
 
+import re
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from math import gcd
+from typing import Any, NamedTuple
 
 import torch
 
 from foldkernels.kernels import _biased_attention_tiles as tiles
 
-from .triton_tools import CHIPS
-from .usage_table import Variant
+from .triton_tools import CHIPS, compiled
+from .usage_table import FIRST, MORE, OTHERS, PRODUCTS, Variant
 
-TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-WIDTHS = (16, 32, 64, 128)
+#: float16 is bfloat16's program with other products: a test compares them.
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PRECISIONS = {"bf16": ("ieee",), "fp32": ("ieee", "tf32")}
+#: AlphaFold 3's heads, which fill no tile, and whose strides are no multiples of 16.
+ODD = 24
+#: The published size, which is compiled without a mask, too.
+PUBLISHED = 32
+#: Bytes of stack that ptxas may use where registers run out.
+STACK = 64
+
+
+class Way(NamedTuple):
+    """What a kernel is compiled for, beside its tile.
+
+    Attributes:
+        kernel: One of `tiles.KERNELS`.
+        dtype: Of queries, keys and values.
+        precision: Of products.
+        d: The head size.
+        masked: Whether some entries are no keys.
+        alone: Whether one row alone uses the bias, so that the kernel `queries` writes its gradient.
+    """
+
+    kernel: str
+    dtype: str
+    precision: str
+    d: int
+    masked: bool = True
+    alone: bool = False
+
+    def __str__(self) -> str:
+        words = (self.dtype, self.precision, str(self.d), self.kernel)
+        return " ".join((*words, *("one-row",) * self.alone, *("unmasked",) * (not self.masked)))
+
+
+def widths(arch: int, dtype: str) -> Iterator[int]:
+    """Head sizes that fill their tiles: of those that share all tiles the widest, in bfloat16 the published one too."""
+    of_width = tiles.TILES[tiles.chips(CHIPS[arch])][tiles.EXACT if dtype == "fp32" else tiles.HALF]
+    widest = {found: d for d, found in sorted(of_width.items())}
+    return (d for d in of_width if d in widest.values() or (d, dtype) == (PUBLISHED, "bf16"))
+
+
+def ways(arch: int) -> Iterator[Way]:
+    """Everything that a launcher may ask for on a chip."""
+    for dtype, precisions in PRECISIONS.items():
+        for precision in precisions:
+            for d in (*widths(arch, dtype), *((ODD,) if dtype == "bf16" else ())):
+                for kernel in tiles.KERNELS:
+                    way = Way(kernel, dtype, precision, d)
+                    yield way
+                    if d == PUBLISHED and dtype == "bf16":
+                        yield way._replace(masked=False)
+                    if kernel == "queries":
+                        yield way._replace(alone=True)
 
 
 def variants() -> Iterator[Variant]:
-    """Everything that the dispatcher can choose."""
-    for dtype, precision in (("bf16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")):
-        for d in WIDTHS:
-            for kernel in tiles.KERNELS:
-                for arch, capability in CHIPS.items():
-                    found = tiles.tiles_for(capability, kernel, TYPES[dtype], d)
-                    for tile in found:
-                        name = f"{dtype} {precision} {d} {kernel} {'x'.join(map(str, tile))}"
-                        quick = (dtype, d, arch) == ("bf16", 32, 90) and tile is found[0]
-                        first = tile is found[0] and precision == "ieee"
-                        code = partial(of_chip, arch, kernel, dtype, d, tile, precision)
-                        yield Variant(arch, name, first, quick, code)
+    """Everything that the dispatcher can choose: in every tile, but without a mask and with odd heads in the first."""
+    for arch, capability in CHIPS.items():
+        for way in ways(arch):
+            found = tiles.tiles_for(capability, way.kernel, TYPES[way.dtype], way.d)
+            plain = way.d != ODD and way.masked
+            for tile in found if plain else found[:1]:
+                first, usual = tile is found[0], plain and not way.alone and way.precision == "ieee"
+                yield Variant(
+                    arch,
+                    f"{way} {'x'.join(map(str, tile))}",
+                    rank=OTHERS if not first else FIRST if usual else MORE,
+                    quick=first and plain and (way.dtype, way.d, arch) == ("bf16", PUBLISHED, 90),
+                    stack=STACK,
+                    compile=partial(code, arch, way, tile),
+                    faults=partial(faults, way),
+                )
 
 
-def of_chip(arch: int, kernel: str, dtype: str, d: int, tile: tiles.Tile, precision: str = "ieee") -> Any:
-    """A kernel's code for one of NVIDIA's chips."""
-    from triton.backends.compiler import GPUTarget
-
-    return compiled(GPUTarget("cuda", arch, 32), kernel, dtype, d, tile, precision)
-
-
-def compiled(target: Any, kernel: str, dtype: str, d: int, tile: tiles.Tile, precision: str = "ieee") -> Any:
+def code(target: Any, way: Way, tile: tiles.Tile) -> Any:
     """A kernel's code in a tile, the bias in float32 (the larger case)."""
-    import triton
-    from triton.compiler import ASTSource
-
     from foldkernels.kernels import _biased_attention_backward_triton  # noqa: F401 - adds its kernels
     from foldkernels.kernels._biased_attention_triton import KERNELS
 
-    function = KERNELS[kernel]
-    constants = {"D": d, "WIDTH": tiles.width(d), "I": tile.queries, "J": tile.keys, "MASKED": True}
-    constants |= {"PRECISION": precision, "INTERPRETED": False} | ({"WITH_BIAS": True} if kernel == "queries" else {})
-    data = dict.fromkeys(("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v"), f"*{dtype}")
-    wide = dict.fromkeys(("bias", "reach", "lse", "delta", "d_bias"), "*fp32")
-    sizes = dict.fromkeys(("heads", "rows", "queries", "keys", "items", "some_rows"), "i32")
-    types = {**data, **wide, **sizes, "scale": "fp32", **dict.fromkeys(constants, "constexpr")}
-    names = function.arg_names
-    # Pointers, strides and the padded number of keys are multiples of 16; sizes are anything.
-    whole = [i for i, name in enumerate(names) if name not in sizes and name not in constants and name != "scale"]
-    source = ASTSource(
-        function,
-        {name: types.get(name, "i32") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in whole},
-    )
-    return triton.compile(source, target=target, options={"num_warps": tile.warps, "num_stages": tile.stages})
+    function = KERNELS[way.kernel]
+    constants = {"D": way.d, "WIDTH": tiles.width(way.d), "I": tile.queries, "J": tile.keys, "MASKED": way.masked}
+    constants["UNIT"] = gcd(16, way.d)
+    constants |= {"PRECISION": way.precision, "INTERPRETED": False, "WITH_BIAS": way.alone}
+    data = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
+    types = dict.fromkeys(data, f"*{way.dtype}")
+    types |= dict.fromkeys(("bias", "reach", "lse", "delta", "d_bias"), "*fp32") | {"scale": "fp32"}
+    # Pointers and the padded number of keys are multiples of 16; strides are in units, and sizes are anything.
+    whole = (*types, "padded_keys")
+    odd = ("scale", *(name for name in function.arg_names if name not in whole))
+    return compiled(target, function, types, constants, odd, warps=tile.warps, stages=tile.stages)
+
+
+def faults(way: Way, found: Any) -> list[str]:
+    """Products of 16 bits belong on the tensor cores, float32's are never rounded unasked, and loads are of vectors."""
+    there, rounded = bool(re.search(PRODUCTS, found.asm["ptx"])), way.precision == "tf32"
+    said = []
+    if way.dtype != "fp32" and re.search(r"ld\.global\S*\.[bu]16", found.asm["ptx"]):
+        said.append("16-bit numbers are loaded one by one")
+    if there != (way.dtype != "fp32" or rounded):
+        said.append("the products are not where they should be")
+    if ("tf32" in found.asm["ptx"]) != rounded:
+        said.append("products are rounded to tf32, or should be")
+    return said

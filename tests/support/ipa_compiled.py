@@ -1,5 +1,6 @@
 """Compiles invariant point attention's Triton kernels for chips that are not here."""
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,27 +11,37 @@ from foldkernels.kernels import chips
 from foldkernels.kernels.invariant_point_attention import _tiles as tiles
 
 from .triton_tools import CHIPS
-from .usage_table import Variant
+from .triton_tools import compiled as compiled_for
+from .usage_table import FIRST, MORE, OTHERS, Variant
 
-TYPES = {tiles.HALF: "bf16", tiles.EXACT: "fp32"}
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+#: How products may be rounded.
+PRECISIONS = {"bf16": ("ieee",), "fp16": ("ieee",), "fp32": ("tf32x3", "tf32")}
+#: Bytes of stack, by type and channels. float32's products are three of tf32 each: their parts do not all fit a
+#: thread's registers.
+STACK = {(tiles.HALF, 128): 96, (tiles.HALF, 256): 256, (tiles.EXACT, 128): 512, (tiles.EXACT, 256): 1024}
 
 
 class Cell(NamedTuple):
-    """One cell of the table of tiles, for one chip."""
+    """One cell of the table of tiles, for one chip and type of z."""
 
     arch: int
     kernel: str
-    z: str
+    dtype: str
     fused: bool
     heads: int
     channels: int
 
+    @property
+    def half(self) -> bool:
+        """Whether z is in 16 bits."""
+        return self.dtype != "fp32"
+
     def plans(self) -> list[tiles.Plan]:
         """The ways that it is run in; where both are possible, the other is another cell."""
-        dtype = torch.bfloat16 if self.z == tiles.HALF else torch.float32
         columns = tiles.FUSED_WIDTH if self.fused else tiles.FUSED_WIDTH + 1
         sizes = {"h": self.heads, "cz": self.channels, "d": columns, "dv": columns}
-        found = tiles.plans_for(CHIPS[self.arch], self.kernel, dtype, **sizes)
+        found = tiles.plans_for(CHIPS[self.arch], self.kernel, TYPES[self.dtype], **sizes)
         return [plan for plan in found if plan.fused == self.fused]
 
 
@@ -38,78 +49,87 @@ def cells() -> Iterator[Cell]:
     """The whole table."""
     for arch, capability in CHIPS.items():
         for (kernel, z, fused), found in tiles.TABLE[chips.shared_memory(capability)].items():
-            for heads, channels in found:
-                yield Cell(arch, kernel, z, fused, heads, channels)
-
-
-def precisions(z: str) -> tuple[str, ...]:
-    """How its products may be rounded."""
-    return ("ieee",) if z == tiles.HALF else ("tf32x3", "tf32")
+            for dtype in ("bf16", "fp16") if z == tiles.HALF else ("fp32",):
+                for heads, channels in found:
+                    yield Cell(arch, kernel, dtype, fused, heads, channels)
 
 
 def variants() -> Iterator[Variant]:
-    """Everything that the dispatcher can choose."""
+    """Everything that the dispatcher can choose.
+
+    With a mask over pairs in every tile; in the first one float16, whose gradients alone are another program than
+    bfloat16's, and without a mask for the published heads and channels.
+    """
     for cell in cells():
-        for precision in precisions(cell.z):
-            for plan in cell.plans():
+        plans = cell.plans()
+        for precision in PRECISIONS[cell.dtype]:
+            for plan in plans if cell.dtype != "fp16" else plans[:1]:
                 yield variant(cell, plan, precision)
+            if (cell.heads, cell.channels) == tiles.CELLS[0] and cell.dtype == "bf16":
+                yield variant(cell, plans[0], precision, masked=False)
 
 
-def variant(cell: Cell, plan: tiles.Plan, precision: str) -> Variant:
-    """A cell in one of its tiles; the published size on two chips is quick."""
+def variant(cell: Cell, plan: tiles.Plan, precision: str, *, masked: bool = True) -> Variant:
+    """A cell in one of its tiles; the published size in bfloat16 on 9.0 is quick."""
     way = "fused" if cell.fused else "wide"
     tile = f"{plan.queries}x{plan.keys}x{plan.warps}x{plan.stages}"
-    name = f"{cell.kernel} {TYPES[cell.z]} {precision} {way} {cell.heads} {cell.channels} {tile}"
-    quick = cell.arch in (80, 90) and cell.fused and plan == cell.plans()[0]
-    first = plan == cell.plans()[0] and precision != "tf32"
-    return Variant(cell.arch, name, first, quick, partial(compiled, cell, plan, precision))
+    unmasked = "" if masked else "unmasked "
+    first, usual = plan == cell.plans()[0], masked and (cell.dtype, precision) in (("bf16", "ieee"), ("fp32", "tf32x3"))
+    return Variant(
+        cell.arch,
+        f"{cell.kernel} {cell.dtype} {precision} {way} {cell.heads} {cell.channels} {unmasked}{tile}",
+        rank=OTHERS if not first else FIRST if usual else MORE,
+        quick=first and masked and cell.fused and (cell.arch, cell.dtype) == (90, "bf16"),
+        stack=STACK[tiles.HALF if cell.half else tiles.EXACT, cell.channels],
+        compile=partial(compiled, cell, plan, precision, masked=masked),
+        faults=partial(faults, cell),
+    )
 
 
-def compiled(
-    cell: Cell, plan: tiles.Plan, precision: str, *, masked: bool = True, ones: tuple[str, ...] = ()
-) -> Any:
+def compiled(cell: Cell, plan: tiles.Plan, precision: str, *, masked: bool = True, ones: tuple[str, ...] = ()) -> Any:
     """A cell's code in one of its tiles, at the largest sizes that take it.
 
     Args:
         cell: Which.
         plan: The tile.
         precision: Of products.
-        masked: With a mask over pairs, which takes more registers.
+        masked: With a mask over pairs.
         ones: Names of integer arguments that are 1, which Triton compiles for.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from foldkernels.kernels.invariant_point_attention._triton import KERNELS
 
     columns = tiles.FUSED_WIDTH if cell.fused else tiles.FUSED_WIDTH + 1
-    half = cell.z == tiles.HALF
     constants: dict[str, Any] = {
         "H": cell.heads, "HW": plan.heads,
         "CZ": cell.channels, "CZW": cell.channels // plan.chunks, "CHUNKS": plan.chunks,
         "D": columns, "DW": tiles.width(columns), "DV": columns, "DVW": tiles.width(columns),
-        "I": plan.queries, "J": plan.keys, "TERMS": 2 if half else 1, "NEVER": -1e30, "FUSED": plan.fused,
-        "MASKED": masked, "PRECISION": precision, "INTERPRETED": False,
+        "I": plan.queries, "J": plan.keys, "TERMS": 2 if cell.half else 1, "NEVER": -1e30, "FUSED": plan.fused,
+        "MASKED": masked, "PRECISION": precision, "INTERPRETED": False, **dict.fromkeys(ones, 1),
     }  # fmt: skip
     function = KERNELS[cell.kernel]
     names = function.arg_names
-    z, packed = f"*{TYPES[cell.z]}", "*fp16" if half else "*fp32"
-    types = dict.fromkeys(("z", "weight", "joined", "d_z"), z)
-    types |= dict.fromkeys(("q", "k", "v", "d_out", "weights"), packed)
-    types |= {"d_logits": z, "pair_mask": "*i1", "there": "*i1"}
     counts = ("items", "n", "blocks_a_part")
     numbers = (*counts, "padded", "z_b", "z_i", "z_j", "m_b", "m_i", "m_j")
-    types |= dict.fromkeys(numbers, "i32")
-    types |= dict.fromkeys((*constants, *ones), "constexpr")
-    values = {**constants, **dict.fromkeys(ones, 1)}
+    types = dict.fromkeys(names, "*fp32") | dict.fromkeys(numbers, "i32")
+    types |= dict.fromkeys(("z", "weight", "joined", "d_z"), f"*{cell.dtype}")
+    if cell.half:
+        types |= dict.fromkeys(("q", "k", "v", "d_out", "weights"), "*fp16") | {"d_logits": "*bf16"}
+    types |= {"pair_mask": "*i1", "there": "*i1"}
     # Pointers, z's strides and the padded number of keys are multiples of 16; sizes are anything.
-    whole = [i for i, x in enumerate(names) if x not in values and x not in counts and not x.startswith("m_")]
-    source = ASTSource(
-        function,
-        {name: types.get(name, "*fp32") for name in names},
-        constexprs={(names.index(name),): value for name, value in values.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in whole},
-    )
-    target = GPUTarget("cuda", cell.arch, 32)
-    return triton.compile(source, target=target, options={"num_warps": plan.warps, "num_stages": plan.stages})
+    odd = (*counts, *(name for name in numbers if name.startswith("m_")))
+    return compiled_for(cell.arch, function, types, constants, odd, warps=plan.warps, stages=plan.stages)
+
+
+def faults(cell: Cell, code: Any) -> list[str]:
+    """Products belong on the tensor cores, and z is loaded once."""
+    said = [] if "mma.sync" in code.asm["ptx"] else ["no product is on the tensor cores"]
+    if ("tf32" in code.asm["ptx"]) == cell.half:
+        said.append("products are rounded to tf32, or should be")
+    # One load in the loop for each chunk of z's channels. 16-bit tiles are on their way to memory before their turn.
+    # float32's are not: their split into three products stands between the load and its use, and one product of tf32
+    # wants z along its channels and the other along its keys, each in another layout of shared memory.
+    waits = re.findall(r"%(z_tile|z_more)\w* = tt\.load ", code.asm["ttgir"])
+    ahead = re.findall(r"%(z_tile|z_more)\w* = ttg\.async_copy_global_to_local ", code.asm["ttgir"])
+    chunks = ["z_tile", "z_more"][: cell.channels // tiles.CHUNK]
+    right = not waits and set(ahead) == set(chunks) if cell.half else waits == chunks and not ahead
+    return said if right else [*said, f"z is loaded otherwise: waiting {waits}, ahead {ahead}"]

@@ -7,7 +7,7 @@ import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +66,46 @@ def interpreter(script: str, plain: Mapping[str, Any]) -> Iterator[Ask]:
             process.stdout.close()
             process.kill()
             process.wait()
+
+
+def compiled(
+    target: Any,
+    function: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    unaligned: Collection[str],
+    *,
+    warps: int,
+    stages: int,
+) -> Any:
+    """A Triton kernel's code for a chip that is not here.
+
+    Args:
+        target: A `GPUTarget`, or the architecture of one of NVIDIA's chips, as 90.
+        function: The kernel.
+        types: The types of its arguments, as "*bf16"; those that are left out are 32-bit integers.
+        constants: Arguments that are compiled in, those that the kernel does not have left out.
+        unaligned: Arguments that may not be multiples of 16, in bytes for pointers; all others are.
+        warps: Warps of a program.
+        stages: Tiles that are under way.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = function.arg_names
+    inside = {name: value for name, value in constants.items() if name in names}
+    source = ASTSource(
+        function,
+        {name: "constexpr" if name in inside else types.get(name, "i32") for name in names},
+        constexprs={(names.index(name),): value for name, value in inside.items()},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if name not in inside and name not in unaligned
+        },
+    )
+    target = GPUTarget("cuda", target, 32) if isinstance(target, int) else target
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
 
 
 class Usage(NamedTuple):
