@@ -18,9 +18,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from .mps_operators import Collect, collected, refuse
+from .mps_operators import Collect, collected, refuse, tensors_in
 
 DEVICE, IS_CPU, IS_MPS = (getattr(Tensor, name).__get__ for name in ("device", "is_cpu", "is_mps"))
 MPS, CPU = torch.device("mps", 0), torch.device("cpu")
@@ -43,10 +42,9 @@ class Marks:
         self.inside = False
 
     def add(self, x: Any) -> Any:
-        for leaf in tree_leaves(x):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                self.kept[storage._cdata] = storage
+        for tensor in tensors_in(x):
+            storage = tensor.untyped_storage()
+            self.kept[storage._cdata] = storage
         return x
 
     def forget(self, x: Tensor) -> None:
@@ -62,7 +60,7 @@ class OnMps(Collect):
     Attributes:
         mixed: Operators that met a tensor of the CPU.
         traps: What PyTorch's MPS backend is known to get wrong, as "operator: what".
-        types: The floating types of results.
+        types: The types of results.
     """
 
     def __init__(self, marks: Marks) -> None:
@@ -79,7 +77,7 @@ class OnMps(Collect):
             yield
 
     def record(self, func: Any, given: Any, out: Any) -> None:
-        tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
+        tensors = tensors_in(given)
         there = [self.marks.has(x) for x in tensors]
         if not any(there) and (tensors or not self.marks.inside):
             return
@@ -89,15 +87,14 @@ class OnMps(Collect):
         if name not in BETWEEN and any(x.ndim for x, marked in zip(tensors, there, strict=True) if not marked):
             self.mixed.add(name)
         self.traps.update(f"{name}: {what}" for what in _traps(func, *given, out))
-        results = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_floating_point()]
-        self.types.update(str(x.dtype).removeprefix("torch.") for x in results)
+        self.types.update(str(x.dtype).removeprefix("torch.") for x in tensors_in(out))
         self.marks.add(out)
 
 
 def _traps(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Iterator[str]:
     """What is wrong with a call on some version of macOS and of PyTorch since 2.6; docs/mac.md lists them."""
     name = func.name().removeprefix("aten::").partition(".")[0].rstrip("_") or func.name()
-    if any(x.is_complex() for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)):
+    if any(x.is_complex() for x in tensors_in((args, kwargs, out))):
         yield "complex numbers"
     if kwargs.get("pin_memory"):
         yield "pinned memory"
@@ -168,7 +165,7 @@ class SentToMps(TorchFunctionMode):
         if name in ("linear", "scaled_dot_product_attention") and self.marks.has(args[0]):
             self.found.traps.update(f"{name}: {what}" for what in _function_traps(name, args, kwargs))
         before = self.marks.inside
-        self.marks.inside = before or any(self.marks.has(x) for x in tree_leaves((args, kwargs)))
+        self.marks.inside = before or any(self.marks.has(x) for x in tensors_in((args, kwargs)))
         try:
             out = func(*args, **kwargs)
             return self.marks.add(out) if self.marks.inside and name == "new_tensor" else out
