@@ -145,9 +145,10 @@ def operation(item: Item, device: str) -> Iterator[Callable[[], object]]:
 
 
 def _original(x: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """Factorised attention in FlashIPA's own order; points in float32 beside 16 bits make all of it float32."""
-    names = ("q", "k", "v", "q_points", "k_points", "v_points", "point_weights")
-    return original_flash_ipa.lifted_attention(*(x[name] for name in names), (x["b1"], x["b2"]), (x["z1"], x["z2"]))
+    """Factorised attention in FlashIPA's own order, all of it in one type, as there."""
+    names = "q k v q_points k_points v_points point_weights b1 b2 z1 z2".split()
+    *given, b1, b2, z1, z2 = (x[name].to(x["q"].dtype) for name in names)
+    return original_flash_ipa.lifted_attention(*given, (b1, b2), (z1, z2))
 
 
 def check_operation(item: Item, device: str, n: int, variant: str, size: int, **more: Any) -> dict[str, Any]:

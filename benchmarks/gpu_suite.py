@@ -16,20 +16,22 @@ under its name:
         --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \\
         -d .whl pydantic==2.14.3 pydantic-core==2.50.4 annotated-types typing-inspection typing-extensions \\
         omegaconf roma gemmi
-    python3 -m pip install -q --no-index --no-deps --target /tmp/site .whl/*.whl && ln -s "$PWD" /tmp/site/foldkernels
+    python3 -m pip install -q --no-index --no-deps --target /tmp/site .whl/*.whl \\
+        && ln -sfn "$PWD" /tmp/site/foldkernels
     PYTHONPATH=/tmp/site PYTHONUNBUFFERED=1 python3 -m benchmarks.gpu_suite --minutes 8.5 --out "${OUT:-.}/gpu.json"
 
-The other projects' kernels are as many wheels more (cuequivariance, cuequivariance-torch, platformdirs, trifast,
-cuequivariance-ops-torch-cu13, 29 MB, and cuequivariance-ops-cu13, 45 MB): where a call carries 64 MB, install that last
-one in a call of its own, and the rest in the next, while the machine is kept.
+Those of other projects are 74 MB more: cuequivariance, cuequivariance-torch, platformdirs, trifast,
+cuequivariance-ops-torch-cu13 (29 MB) and cuequivariance-ops-cu13 (45 MB). Where what may be carried at once is less,
+carry them in calls before, the largest in parts (`split -b 20m`, there `cat`), while the machine is kept.
 
 Order: first, several processes at once, what needs no quiet machine: every kernel of every operation against float64,
 forward and all gradients, at the published widths, and the contract's grid thinned; layers and the model; and one call
 of whatever is timed later, so that Triton compiles it now. IPA and the edge transition in bfloat16 come first. Then the
 hardware's own rates, and times, one after the other: IPA and edge transition, the model, the longest chain that fits in
-40 and in 80 GiB, the rest. Each stage may use its share of the time; what it leaves comes last. A kernel whose check is
-red, or was not reached, gets no time; one that hangs or takes the GPU's context down costs its own process and its own
-row, and is not run again; one that ran out of memory is not tried with longer chains. The rows are written after each.
+40 and in 80 GiB, the model at other lengths, the rest. Each stage may use its share of the time; what it leaves comes
+last. A kernel whose check is red, or was not reached, gets no time; one that hangs or takes the GPU's context down
+costs its own process and its own row, and is not run again; one that ran out of memory is not tried with longer chains.
+The rows are written after each.
 """
 
 from __future__ import annotations
@@ -170,14 +172,11 @@ def plan(about: Mapping[str, Any], quick: bool) -> list[Stage]:
     rest = tuple(name for name in LAYERS if name not in main)
     words = list(about["presets"])
     models = ["original", *words]
-    model = [
-        Item("time", "model", side, precision, mode, length)
-        for length in lengths
-        for precision in ("bfloat16", "tf32")
-        for mode in ("forward", "step", "sample")
-        if not (mode == "sample" and precision == "tf32")
-        for side in models
-    ]
+
+    def whole_model(precision: str, lengths: Sequence[int], modes: Sequence[str]) -> list[Item]:
+        points = [(length, mode) for length in lengths for mode in modes]
+        return [Item("time", "model", side, precision, mode, length) for length, mode in points for side in models]
+
     longest = [
         Item("longest", "model", side, "bfloat16", mode, gib=gib)
         for gib in MEMORY_GIB
@@ -209,14 +208,22 @@ def plan(about: Mapping[str, Any], quick: bool) -> list[Stage]:
         Stage("the hardware", 0.42, [Item("ceilings")]),
         Stage(
             "IPA and edge transition",
-            0.62,
+            0.6,
             [
                 *times(main_operations, ("bfloat16",), lengths[:2]),
                 *times(main_layers, ("bfloat16",), lengths[:2]),
             ],
         ),
-        Stage("model", 0.8, model),
-        Stage("memory", 0.88, longest),
+        Stage("model", 0.74, whole_model("bfloat16", lengths[:2], ("forward", "step", "sample"))),
+        Stage("memory", 0.84, longest),
+        Stage(
+            "model at other lengths",
+            0.94,
+            [
+                *whole_model("bfloat16", lengths[2:], ("forward", "step", "sample")),
+                *whole_model("tf32", lengths[:2], ("forward", "step")),
+            ],
+        ),
         Stage(
             "the rest",
             1.0,

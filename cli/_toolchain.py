@@ -124,6 +124,10 @@ def _flash_attn() -> Finding:
     return _finding("flash-attn", False, f"{installed} is installed, but {why}", fix("flash-attn"))
 
 
+#: The first PyTorch whose matrix products on an M1 or M2 may be long (pytorch/pytorch 193487).
+_RIGHT_SUMS = (2, 14)
+
+
 def _mps() -> Finding:
     import torch
 
@@ -137,7 +141,13 @@ def _mps() -> Finding:
         )
     if not torch.backends.mps.is_available():
         return _finding("MPS", False, "torch is built for Apple's GPU and finds none it can use", "macOS 14 or newer")
-    return _finding("MPS", True, "Apple's GPU is ready")
+    from ..kernels import cpu
+
+    found, newer = "Apple's GPU is ready", tuple(map(int, torch.__version__.split(".")[:2])) >= _RIGHT_SUMS
+    if newer or not any(chip in cpu.name().split() for chip in ("M1", "M2")):
+        return _finding("MPS", True, found)
+    why = f"{found}; but before torch 2.14, an M1 or M2 adds up more than 32,767 rows wrongly: do not train on it"
+    return _finding("MPS", False, why, "pip install --upgrade 'torch>=2.14', or --device cpu (see docs/mac.md)")
 
 
 def _amx() -> Finding:

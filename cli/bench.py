@@ -27,7 +27,7 @@ EXAMPLES = """\b
 Examples:
   foldkernels bench
   foldkernels bench triangle_attention attention --length 128,256,512 --out bench/
-  foldkernels bench --model weights/ --length 128,256 --kernel reference,auto
+  foldkernels bench weights/ --length 128,256 --kernel reference,auto
   foldkernels bench --model model.py:make --inputs model.py:batch --length 64,128
   foldkernels bench --compare bench/before/rows.json bench/after/rows.json
 """
@@ -45,7 +45,10 @@ class Mode(StrEnum):
 def run(
     operations: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[OPERATION]...", help="What to measure.  [default: every operation, or the --model]"),
+        typer.Argument(
+            metavar="[OPERATION|WEIGHTS|CONFIG]...",
+            help="What to measure: operations, or a model as --model takes it.  [default: every operation]",
+        ),
     ] = None,
     model: Annotated[
         list[str] | None,
@@ -188,6 +191,9 @@ def _plan(
     from .benchmarking.subjects import DTYPES
 
     known = sorted(registry.operations())
+    # A path needs no --model: no operation's name looks like one.
+    paths = [name for name in operations if name not in known and (Path(name).suffix or "/" in name or ":" in name)]
+    operations, models = [name for name in operations if name not in paths], [*models, *paths]
     check_known(operations, known, "operation", "OPERATION")
     check_known(dtypes, DTYPES, "type", "--dtype")
     where = device or best_device()
@@ -324,8 +330,14 @@ def _announce(wanted: Plan, bench: Run, folder: Path) -> None:
     about = _duration(bench.left())
     most = f", at most {_duration(wanted.budget)}" if wanted.budget is not None else ""
     lengths = ", ".join(map(str, wanted.lengths))
-    what = f"{len(bench.known)} operations or models, {kernels} kernels that run here, L={lengths}"
-    print(f"{what}, {points} points each: about {about}{most}; results in {folder}", file=sys.stderr)
+    models = sum(spec["kind"] == "model" for spec in wanted.subjects)
+    count = [(len(bench.known) - models, "operation"), (models, "model")]
+    subjects = " and ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in count if n)
+    what = f"{subjects}, {kernels} kernels that run here, L={lengths}"
+    print(
+        f"{what}, {points} points{' each' if len(bench.known) > 1 else ''}: about {about}{most}; results in {folder}",
+        file=sys.stderr,
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -17,7 +17,8 @@ OURS: Mapping[str, str] = {
     "FOLDKERNELS_PROBE_TIMEOUT": "Seconds that an optional package may take to be imported when it is tried out "
     "(180 when not set).",
     "FOLDKERNELS_TUNE": "`1`: a Triton kernel's first call of a kind tries a few tile sizes on the GPU, and the "
-    "fastest is kept; else what was kept is used, or the table. `foldkernels tune` does it ahead of time.",
+    "fastest is kept; else what was kept is used, or the table. Nothing is judged there: `foldkernels tune` does it "
+    "ahead of time, and judges each.",
 }
 
 #: Other people's, for `foldkernels doctor`.

@@ -61,9 +61,7 @@ def run(
     from ..kernels.explanation import explain
 
     empty, file = empty_model(model)
-    explanation = explain(
-        empty, machine=machine, device=device, length=length, command_line=kernel or (), file=file
-    )
+    explanation = explain(empty, machine=machine, device=device, length=length, command_line=kernel or (), file=file)
     if json:
         print_json(explanation.as_dict())
     else:

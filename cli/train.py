@@ -144,7 +144,7 @@ def _report(done: TrainingRun) -> dict[str, Any]:
         "steps": done.step,
         "seconds": round(done.seconds, 3),
         "last": dict(done.last),
-        "device": str(done.module.device),
+        "device": done.device,
         "kernels": list(done.kernels),
         "bound": done.module.model.kernels.as_dict() if done.module.model.kernels else None,
     }

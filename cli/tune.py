@@ -371,3 +371,6 @@ def _kept(operations: list[str], forget: bool, json: bool) -> None:
         print(f"\n{x['operation']} on {x['machine']} ({Path(x['path']).name})")
         for sizes, tile in x["tiles"].items():
             print(f"  {sizes}: {' '.join(map(str, tile))}")
+        for sizes, tiles in x["wrong"].items():
+            for tile in tiles:
+                print(f"  {sizes}: never {' '.join(map(str, tile))}, whose numbers are wrong")

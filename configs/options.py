@@ -136,15 +136,19 @@ class BlocksConfig(Section):
     attention_pair_bias: AttentionPairBiasBlockConfig = AttentionPairBiasBlockConfig()
 
 
-class TrunkConfig(Section):
-    """What `enrichment` and `sequence_net` have in common. A bare word is a block."""
-
-    num_layers: int = Field(default=4, gt=0, le=MOST_LAYERS, description="Blocks.")
-    init: Init = Field(
+def _init_field() -> Any:
+    return Field(
         default="fresh",
         description="How new weights start: fresh, or zero, so that the model computes at first what it computes "
         "without them; a checkpoint without them may then be loaded.",
     )
+
+
+class TrunkConfig(Section):
+    """What `enrichment` and `sequence_net` have in common. A bare word is a block."""
+
+    num_layers: int = Field(default=4, gt=0, le=MOST_LAYERS, description="Blocks.")
+    init: Init = _init_field()
     pre_add_init_embed: bool = Field(
         default=False, description="Begin with the mean of the representations and the initial embeddings."
     )
@@ -216,6 +220,7 @@ class ESMCombinerConfig(Section):
         description="Mix it into the residues alone. Pairs need attention maps, which flash kernels do not give.",
     )
     hidden_dim: int = Field(default=128, gt=0, le=MOST_CHANNELS, description="Hidden width of the projections.")
+    init: Init = _init_field()
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Floating type of the language model."
     )

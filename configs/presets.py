@@ -87,6 +87,12 @@ PRESETS: Mapping[str, Lists] = MappingProxyType(
     }
 )
 
+#: preset -> operation -> device type -> a kernel that would come first there, and is left out.
+LEFT_OUT: Mapping[str, Mapping[str, Mapping[Device, str]]] = MappingProxyType(
+    {"auto": {operation: {"cuda": names[0]} for operation, names in _TRITON.items()}}
+)
+WHY_LEFT_OUT = "it was interpreted against float64 and compiled for each chip, and has not run on a GPU yet"
+
 
 def candidates(preset: str, operation: str, device: Device) -> Candidates:
     """The kernels that `preset` tries for `operation` on `device`, best first; empty for an operation it does not know.

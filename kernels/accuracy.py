@@ -265,7 +265,7 @@ def _nothing_was_touched(
 
 def truth_and_plain(case: Case, dtype: torch.dtype, variant: str = "plain", device: str = "cpu") -> tuple[Ran, Ran]:
     """The definition in float64, and what plain PyTorch makes of the same inputs at `dtype`."""
-    where = "cpu" if device == "mps" else device  # MPS has no float64
+    where = "cpu" if device.partition(":")[0] == "mps" else device  # MPS has no float64
     truth = run(case, "reference", dtype, variant=variant, device=where, wide=True)
     return truth, run(case, "reference", dtype, variant=variant, device=device)
 

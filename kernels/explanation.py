@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from ..configs.kernel import KernelConfig, did_you_mean
+from ..configs.presets import LEFT_OUT, WHY_LEFT_OUT, candidates
 from ..configs.resolve import ResolvedKernel, resolve_kernel
+from . import registry
 from .binding import BindReport, Place, Use, decision_as_dict, place_of, requests_of, users_of
 from .machine import MACHINES, Machine, capability, describe
 from .registry import KernelUnavailable, decide, operations, settings_of, token
@@ -93,6 +95,10 @@ class Explanation:
             "kernels": {operation: list(names) for operation, names in self.kernels().items()},
             "choices": [choice.as_dict() for choice in self.choices],
             "fused": [choice.as_dict() for choice in self.fused],
+            "left_out": [
+                {"operation": operation, "kernel": kernel, "why": reason.why, "fix": reason.fix or None}
+                for operation, kernel, reason in dict.fromkeys(_left_out(self.choices))
+            ],
         }
 
     def __str__(self) -> str:
@@ -106,7 +112,7 @@ class Explanation:
         for operation, names in _kernels(self.fused).items():
             parts = " + ".join(operations()[operation].fuses)
             lines.append(f"  {parts}, where they meet: one pass, {operation}: {' or '.join(names)}")
-        rejected = list(dict.fromkeys(_rejections(self.choices)))
+        rejected = list(dict.fromkeys((*_left_out(self.choices), *_rejections(self.choices))))
         if rejected:
             lines += ["", "Why nothing better runs:"]
             for operation, kernel, reason in rejected:
@@ -292,6 +298,22 @@ def _rejections(choices: Iterable[Choice]) -> Iterator[tuple[str, str, Reason]]:
         for name, reasons in choice.decision.rejected if choice.decision else ():
             for reason in reasons:
                 yield choice.request.operation, name, reason
+
+
+def _left_out(choices: Iterable[Choice]) -> Iterator[tuple[str, str, Reason]]:
+    """Kernels that a preset would start with and does not, and whatever else is against them."""
+    for choice in choices:
+        preset = choice.decision.source.removeprefix("preset ") if choice.decision else ""
+        operation, device = choice.request.operation, choice.request.device
+        name = LEFT_OUT.get(preset, {}).get(operation, {}).get(device)
+        if name is not None and name in registry.kernels(operation):
+            fix = f"judge it there: foldkernels verify -o {operation} --kernel-name {name}; if it holds, "
+            fix += f"kernel: {{{operation}: {name}}}"
+            fix += ", or kernel: flash" if name in candidates("flash", operation, device) else ""
+            yield operation, name, Reason(f"{preset} leaves it out: {WHY_LEFT_OUT}", fix)
+            yield from (
+                (operation, name, reason) for reason in registry.kernels(operation)[name].supports(choice.request)
+            )
 
 
 def _refusals(choices: Iterable[Choice]) -> Iterator[str]:

@@ -5,11 +5,12 @@ have get some of it wrong without a word (pytorch/pytorch, by number):
 
 - a product whose `out` is a slice or is not contiguous is not written there on macOS 14 (193385), or is an error on
   macOS 14 and 15 (187255), up to torch 2.13;
-- a product with an expanded factor gives zeros for most rows on macOS 15 to 26.3 (180201), up to torch 2.11;
+- a product with an expanded factor gives zeros for most rows on macOS 15 to 26.3 (180201), up to torch 2.11 at least;
 - `beta=0` keeps what is NaN in the sum, which may be memory that nobody has written yet (187521), up to torch 2.13;
 - attention reads queries, keys and values that are not contiguous wrongly (163597 in torch 2.8, 181133 up to 2.11), and
   values of another width than the queries (176767, up to 2.11); a boolean mask gives NaN to a query without keys
-  (156707, up to 2.8); and up to eight queries without a mask of floats read past the keys (169222, up to 2.9).
+  (156707, up to 2.8 or so); and up to eight queries without a mask of floats read past the keys (169222, up to about
+  2.9).
 
 So on MPS a product is made whole, of factors that are whole, and copied to where it belongs.
 """

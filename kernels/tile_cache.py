@@ -1,9 +1,12 @@
 """Which of a few tiles runs a Triton kernel fastest on this GPU: measured once, if asked for, and kept on disk.
 
 Without FOLDKERNELS_TUNE=1 nothing is measured: what an earlier run found is read, and else the first candidate is
-taken, which is the one that stands in the kernel's table. What is found is kept by the kernels' source, the GPU and the
-versions of what compiles: a change of any of them starts anew. A tile changes the order in which numbers are added, and
-so the last bits of a result.
+taken, which is the one that stands in the kernel's table. `foldkernels tune` judges tiles against float64, too, and
+what it found wrong is never taken. A measurement in the middle of a run cannot judge: it sees the launch of one kernel,
+often in autograd's thread, and not the operation's inputs, from which the right numbers would have to be made.
+
+What is found is kept by the kernels' source, the GPU and the versions of what compiles: a change of any of them starts
+anew. A tile changes the order in which numbers are added, and so the last bits of a result.
 """
 
 from __future__ import annotations
@@ -94,9 +97,12 @@ def _content(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         tiles, machine = content["tiles"], str(content.get("machine", "unknown"))
     except (OSError, ValueError, KeyError, TypeError):
-        return {"machine": "unknown", "tiles": {}}
-    whole = isinstance(tiles, dict)
-    return {"machine": machine, "tiles": {k: t for k, t in tiles.items() if isinstance(t, list)} if whole else {}}
+        return {"machine": "unknown", "tiles": {}, "wrong": {}}
+    return {"machine": machine, "tiles": _lists(tiles), "wrong": _lists(content.get("wrong"))}
+
+
+def _lists(found: object) -> dict[str, list[Any]]:
+    return {key: x for key, x in found.items() if isinstance(x, list)} if isinstance(found, dict) else {}
 
 
 @functools.lru_cache(maxsize=64)
@@ -137,6 +143,11 @@ def _words(sizes: Mapping[str, int | str]) -> str:
     return json.dumps(dict(sorted(sizes.items())))
 
 
+def _judged(sizes: Mapping[str, int | str]) -> str:
+    """What a tile is right or wrong for: a kernel and its types, at every size."""
+    return _words({name: sizes[name] for name in ("kernel", "dtype", "z", "precision") if name in sizes})
+
+
 class TileCache:
     """The tiles of one operation's kernels.
 
@@ -161,6 +172,7 @@ class TileCache:
         self.clock, self.machine = clock or milliseconds, machine or gpu_and_compiler
         self._chosen: dict[tuple[Any, ...], list[Any] | None] = {}
         self._machines: dict[torch.device, str] = {}
+        self._wrong: dict[str, dict[str, list[Any]]] = {}
 
     def choose(
         self,
@@ -182,9 +194,8 @@ class TileCache:
             return tile
         if len(candidates) == 1 or device.type != "cuda":
             return candidates[0]
-        on = self._machines.get(device)
-        if on is None:
-            on = self._machines[device] = self.machine(device)
+        candidates = self.right(sizes, candidates, device)
+        on = self._on(device)
         key = (on, *sizes.items())
         if key not in self._chosen:
             self._chosen[key] = self._read(on).get(_words(sizes))
@@ -195,11 +206,37 @@ class TileCache:
             self.keep(sizes, known, device)
         return candidates[0] if known is None else known
 
+    def right(self, sizes: Mapping[str, int | str], candidates: Sequence[Tile], device: torch.device) -> Sequence[Tile]:
+        """Those that `foldkernels tune` did not find wrong on this GPU; all, where it found nothing else."""
+        on = self._on(device)
+        if on not in self._wrong:
+            self._wrong[on] = _content(self.path(on))["wrong"]
+        wrong = self._wrong[on].get(_judged(sizes))
+        return [tile for tile in candidates if list(tile) not in wrong] or candidates if wrong else candidates
+
+    def judge(
+        self, sizes: Mapping[str, int | str], tile: tuple[Any, ...], device: torch.device, *, right: bool
+    ) -> None:
+        """Have a tile never taken from now on, whatever the size, because its numbers are wrong; or taken again."""
+        on = self.machine(device)
+        wrong = _content(self.path(on))["wrong"]
+        before = wrong.get(_judged(sizes), [])
+        after = [x for x in before if x != list(tile)] + ([] if right else [list(tile)])
+        self._wrong[on] = {**wrong, _judged(sizes): after}
+        if after != before:
+            self._write(on, wrong=self._wrong[on])
+
+    def _on(self, device: torch.device) -> str:
+        """The device's GPU and compiler, asked for once."""
+        if device not in self._machines:
+            self._machines[device] = self.machine(device)
+        return self._machines[device]
+
     def keep(self, sizes: Mapping[str, int | str], tile: tuple[Any, ...], device: torch.device) -> None:
         """Have a tile taken for these sizes from now on, here and in later processes."""
         on = self.machine(device)
         self._chosen[on, *sizes.items()] = list(tile)
-        self._write(on, _words(sizes), list(tile))
+        self._write(on, tiles={**self._read(on), _words(sizes): list(tile)})
 
     def time(self, run: Callable[[], object]) -> float:
         """What a run takes, in milliseconds; infinity, where it asks for more than the chip has."""
@@ -217,6 +254,8 @@ class TileCache:
     ) -> Result:
         """Run the kernel in the tile of `choose`; the next candidate, where that takes more than the chip has."""
         first = self.choose(sizes, candidates, run, device)
+        if device.type == "cuda" and len(candidates) > 1:
+            candidates = self.right(sizes, candidates, device)
         left = [first, *(tile for tile in candidates if tile != first)]
         for tile in left[:-1]:
             try:
@@ -240,10 +279,10 @@ class TileCache:
         tiles: dict[str, list[Any]] = _content(self.path(on))["tiles"]
         return tiles
 
-    def _write(self, on: str, words: str, tile: list[Any]) -> None:
-        """Keep one more; several processes may do so at once. A disk that refuses costs the next run its time only."""
+    def _write(self, on: str, **changed: dict[str, list[Any]]) -> None:
+        """Keep what changed; several processes may do so at once. A disk that refuses costs the next run its time."""
         path = self.path(on)
-        content = {"machine": on, "source": self.source, "tiles": {**self._read(on), words: tile}}
+        content = {**_content(path), "machine": on, "source": self.source, **changed}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:

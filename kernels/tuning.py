@@ -203,6 +203,7 @@ class _Measuring:
         tried = []
         for tile in tiles:
             why = self.wrong.get((cache.operation, name, tile), "")
+            cache.judge(sizes, tile, device, right=not why)
             self.tell(f"{cache.operation} {name}: timing {_words(tile)}")
             taken = float("inf") if why else cache.time(partial(run, tile))
             if taken == float("inf"):

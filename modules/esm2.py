@@ -171,7 +171,8 @@ class ContactPredictionHead(nn.Module):
         there = F.pad(there[:, 1:-1], (1, 1))
         sums = torch.einsum("bhij,bj->bhi", maps, there) + torch.einsum("bhij,bi->bhj", maps, there)
         sums = sums * there[:, None]
-        mixed = torch.matmul(weight, maps.flatten(2)).view(b, n, n)
+        # Repeated, as matmul would expand it, which MPS has got wrong (kernels/products.py).
+        mixed = torch.bmm(weight.repeat(b, 1, 1), maps.flatten(2)).view(b, n, n)
         mixed = (mixed + mixed.transpose(1, 2)) * there[:, :, None] * there[:, None]
         scaled = sums * (weight[:, None] / sums.sum(-1, keepdim=True))
         return mixed - torch.einsum("bhi,bhj->bij", scaled, sums)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..configs.options import Init
 from ..kernels.tensors import any_requires_grad, item_masks
 from .frozen_esm import FrozenESM, PairRows
 from .ipa_trunk import mask_pairs
@@ -16,6 +17,11 @@ def _perceptron(c_in: int, hidden: int, c_out: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(c_in), nn.Linear(c_in, hidden), nn.GELU(), nn.Linear(hidden, c_out))
 
 
+def _gated(old: Tensor, new: Tensor, gate: Tensor | None) -> Tensor:
+    """From old to new, as far as each channel's gate is open; without a gate, new."""
+    return new if gate is None else old + gate * (new - old)
+
+
 class ESMCombiner(nn.Module):
     """A learned mix over the language model's layers, and its attention maps, added to what is there and normalised.
 
@@ -23,19 +29,30 @@ class ESMCombiner(nn.Module):
     g are perceptrons. The maps of all layers and heads are never held at once: rows are projected as they are made, and
     in a backward pass made again.
 
+    With `init="zero"` what comes in is moved towards that by a gate for each channel (`node_gate`, `edge_gate`), which
+    begins shut: the LayerNorms leave no other weights under which the combiner changes nothing.
+
     Args:
         esm: The frozen language model; its parameters are not the combiner's. Its `pairs` are asked for here.
         node_dim: Width of the single representation.
         edge_dim: Width of the pair representation.
         hidden_dim: Hidden width of the perceptrons.
         only_single: Leave the edges as they are. Attention then needs no kernel that gives maps.
+        init: Whether it begins by mixing ("fresh"), or by changing nothing ("zero").
 
     Raises:
         ValueError: Edges are to be changed, and the language model was built without pairs.
     """
 
     def __init__(
-        self, esm: FrozenESM, node_dim: int, edge_dim: int, hidden_dim: int = 128, only_single: bool = False
+        self,
+        esm: FrozenESM,
+        node_dim: int,
+        edge_dim: int,
+        hidden_dim: int = 128,
+        only_single: bool = False,
+        *,
+        init: Init = "fresh",
     ) -> None:
         super().__init__()
         if not (only_single or esm.pairs):
@@ -48,6 +65,8 @@ class ESMCombiner(nn.Module):
         if not only_single:
             self.pair_proj = _perceptron(esm.num_layers * esm.num_heads, hidden_dim, edge_dim)
             self.pair_layer_norm = nn.LayerNorm(edge_dim)
+        self.node_gate = nn.Parameter(torch.zeros(node_dim)) if init == "zero" else None
+        self.edge_gate = nn.Parameter(torch.zeros(edge_dim)) if init == "zero" and not only_single else None
 
     def forward(
         self,
@@ -79,13 +98,15 @@ class ESMCombiner(nn.Module):
         weights = self.esm_single_combine.softmax(0)
         # In the language model's own floating type a sum over dozens of layers would be rounded dozens of times.
         mixed = torch.einsum("bnlc,l->bnc", features.single.to(weights.dtype), weights)
-        nodes = self.single_layer_norm(0.5 * (self.seq_proj(mixed) + node_embed)) * mask[..., None]
+        nodes = self.single_layer_norm(0.5 * (self.seq_proj(mixed) + node_embed))
+        nodes = _gated(node_embed, nodes, self.node_gate) * mask[..., None]
         if self.only_single:
             return nodes, mask_pairs(edge_embed, mask, overwrite=overwrite_z)
         assert features.pairs is not None
         # A mask is looked at on a CPU only: asking a GPU would wait for it.
         masks = item_masks(mask, mask.shape[0])
-        if any_requires_grad(edge_embed, *self.pair_proj.parameters(), *self.pair_layer_norm.parameters()):
+        weights_of_pairs = [*self.pair_proj.parameters(), *self.pair_layer_norm.parameters(), self.edge_gate]
+        if any_requires_grad(edge_embed, *weights_of_pairs):
             items = [
                 torch.cat([self._rows_again(pairs, block, edges[block], here) for block in pairs.blocks()])
                 for pairs, edges, here in zip(features.pairs, edge_embed, masks, strict=True)
@@ -125,6 +146,7 @@ class ESMCombiner(nn.Module):
         pair = last(F.gelu(hidden)).view_as(edges) + edges
         final = self.pair_layer_norm
         rows = F.layer_norm(pair, final.normalized_shape, final.weight, final.bias, 4.0 * final.eps)
+        rows = _gated(edges, rows, self.edge_gate)
         if mask is not None:
             rows = rows.masked_fill(~(mask[block, None] & mask)[..., None], 0.0)
         return rows.to(edges.dtype)

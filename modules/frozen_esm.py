@@ -203,6 +203,7 @@ class FrozenESM(KernelModule):
             self.language_model.model.to(device)
         return self
 
+    # Which tokens there are, and how many, the numbers in the batch say: no graph can hold that.
     @torch.compiler.disable
     def forward(
         self,

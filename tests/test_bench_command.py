@@ -408,6 +408,21 @@ def tell(monkeypatch):
     return use
 
 
+def test_a_path_is_a_model(capsys, tmp_path, tell):
+    """Without --model, beside operations; what is neither is refused with what there is."""
+    config = Path(__file__).parents[1] / "examples" / "small_multiflow" / "config.yaml"
+    told = tell()
+    words = ("-l", 16, "--no-memory", "--device", "cpu", "--out", tmp_path)
+    code, _, errors = call(capsys, "attention", config, *words)
+    kinds = [(spec["kind"], spec["name"]) for spec in told.asked[0]["subjects"]]
+    assert code == 0 and kinds == [("operation", "attention"), ("model", "multiflow")]
+    assert errors.startswith("1 operation and 1 model, ")
+    code, _, errors = call(capsys, tmp_path / "nobody.ckpt", *words)
+    assert code == 2 and "no such file or folder" in errors
+    code, _, errors = call(capsys, "atention", *words)
+    assert code == 2 and "attention" in errors
+
+
 def test_wrong_numbers_are_exit_code_1(capsys, tmp_path, tell):
     wrong = {"status": "wrong", "why": "its numbers are wrong: output 0", "check": "output 0", "error": float("nan")}
     right = {"seconds": [1e-3] * 3, "calls": 1, "runs": []}

@@ -260,6 +260,15 @@ def test_a_kernel_that_lost_its_time_is_worse():
     assert not compared([row()], [without_time(NO_TIME, "no time")]).is_worse
 
 
+def test_what_has_no_time_is_not_counted_as_the_same():
+    """A kernel that can run in neither, and what a budget left out of one of them."""
+    absent = [without_time(UNAVAILABLE, "no GPU", kernel="triton")]
+    found = compared([row(), row("fast"), *absent], [row(), without_time(NO_TIME, "late", kernel="fast"), *absent])
+    assert [change.new.kernel for change in found.changes] == ["torch"]
+    assert [r.kernel for r in found.only_old] == ["fast"] and found.only_new == ()
+    assert comparison.as_text(found).startswith("1 measurement in both files")
+
+
 def test_rows_of_different_machines_are_refused_unless_told():
     other = row(machine={**MACHINE, "cpu": "another CPU"})
     with pytest.raises(BadInput, match="different machines: cpu: a CPU and another CPU") as refused:

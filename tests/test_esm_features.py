@@ -431,6 +431,21 @@ def test_settings_that_are_wrong(how, said):
         FrozenESM(language_model(), **how)
 
 
+@pytest.mark.parametrize("only_single", [False, True])
+def test_compiled_it_gives_the_same(only_single):
+    """The language model stands between two graphs: none can hold it, because the batch's numbers say what it reads."""
+    model, given, g = combiner(only_single).eval(), proteins(14), torch.Generator().manual_seed(0)
+    x = [torch.randn(2, 14, 32, generator=g), torch.randn(2, 14, 14, 16, generator=g), *given]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")(*x)
+        assert all(torch.equal(a, b) for a, b in zip(compiled, model(*x), strict=True))
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="FrozenESM"):
+            torch.compile(model, backend="eager", fullgraph=True)(*x)
+    torch._dynamo.reset()
+
+
 # In Multiflow's model -------------------------------------------------------------------------------------------------
 
 
@@ -498,8 +513,36 @@ def test_a_trained_checkpoint_loads(tmp_path):
         assert torch.equal(loaded(batch)["pred_trans"], model(batch)["pred_trans"])
     assert loaded.esm_combiner is not None and model.esm_combiner is not None
     assert loaded.esm_combiner.esm.language_model is model.esm_combiner.esm.language_model
-    with pytest.raises(BadInput, match=r"foldkernels\.esm_combiner, whose weights are not"):
+    with pytest.raises(
+        BadInput, match=r"foldkernels\.esm_combiner, whose weights are not[\s\S]*checkpoint: .*init: zero"
+    ):
         build(Checkpoint(base.state_dict, config, base.source))
+
+
+@pytest.mark.parametrize("only_single", [False, True])
+def test_started_as_zero_the_model_is_unchanged_and_then_learns(only_single):
+    base = small_checkpoint()
+    section = {"checkpoint": str(TINY), "only_single": only_single, "init": "zero"}
+    config = OmegaConf.merge(base.config, {"foldkernels": {"esm_combiner": section}})
+    model, plain = build(Checkpoint(base.state_dict, config, base.source), "torch"), model_of("small", "torch")
+    assert model.fresh == ("esm_combiner",)
+    batch, outputs = batch_of("small/case_L17.safetensors"), ("pred_trans", "pred_rotmats", "pred_logits")
+    with torch.no_grad():
+        without = plain(batch)
+        assert all(torch.equal(model(batch)[name], without[name]) for name in outputs)
+    start = {name: p.detach().clone() for name, p in model.esm_combiner.named_parameters()}
+    assert ("edge_gate" in start) is not only_single
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(2):  # the first step opens the gates
+        optimizer.zero_grad()
+        found = model(batch)
+        (found["pred_trans"].sum() + found["pred_logits"].square().sum()).backward()
+        optimizer.step()
+    assert not [name for name, p in model.esm_combiner.named_parameters() if torch.equal(p, start[name])]
+    again = build(Checkpoint(model.state_dict(), config, base.source), "torch")
+    assert again.fresh == ()
+    with torch.no_grad():
+        assert all(torch.equal(again(batch)[name], model(batch)[name]) for name in outputs)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 import foldkernels
 from foldkernels.compat.multiflow import FlowModel
-from foldkernels.configs.presets import PRESETS
+from foldkernels.configs.presets import LEFT_OUT, PRESETS, candidates
 from foldkernels.kernels import registry
 from foldkernels.kernels.machine import MACHINES, Machine
 from foldkernels.kernels.requests import Kernel, Reason
@@ -85,6 +85,25 @@ def test_a_machine_that_can_runs_the_better_kernel(model, fused):
     assert on_mac.kernels()["attention"] == ("torch",)
     assert "fused" not in str(on_mac)
     assert "first choice" in str(on_mac)
+
+
+def test_what_auto_leaves_out_is_told_with_the_way_to_it(model):
+    """Our Triton kernels have not run on a GPU: on one, `auto` says so, with the commands; elsewhere nothing is."""
+    text = str(foldkernels.explain(model, "auto", machine="h100", length=256))
+    for operation in ("invariant_point_attention", "edge_transition"):
+        assert f"{operation}: not triton: auto leaves it out: it was interpreted" in text
+        assert f"foldkernels verify -o {operation} --kernel-name triton" in text
+        assert f"kernel: {{{operation}: triton}}, or kernel: flash" in text
+    assert "edge_transition: not triton: in float32, a tile's hidden layer" in text, "what else is against it"
+    assert "first choice" not in text
+    found = foldkernels.explain(model, "auto", machine="h100", length=256).as_dict()["left_out"]
+    assert {x["operation"] for x in found} == {"invariant_point_attention", "edge_transition"}
+    required = {"invariant_point_attention": "torch", "edge_transition": "torch"}
+    for kernel, machine in (("flash", "h100"), ("torch", "h100"), (required, "h100"), ("auto", "mac"), ("auto", "cpu")):
+        assert "leaves it out" not in str(foldkernels.explain(model, kernel, machine=machine, length=256))
+    every = {(word, name, kernel) for word, table in LEFT_OUT.items() for name, by in table.items()
+             for device, kernel in by.items() if kernel in candidates(word, name, device)}  # fmt: skip
+    assert not every, "what a preset tries is not left out"
 
 
 def test_packages_of_the_machine_decide(model, fused):

@@ -30,6 +30,7 @@ LAYERS_ON_A_CPU = [
     "ceilings",
     "grid operation.invariant_point",
     "time operation.triangle_mult",
+    "time operation.factorized_point_attention original bfloat16",
     *(f"time layer.{layer} {side} bfloat16 forward" for layer in ("triangle_multiplication", "edge_transition")
       for side in ("original", "torch")),
 ]  # fmt: skip
@@ -55,6 +56,8 @@ def test_it_runs_small_on_a_cpu(words, both, tmp_path, capsys):
     checks = [row for row in rows if row["what"] in ("check", "grid")]
     assert checks and all(row["correct"] for row in checks)
     timed = {(row["subject"], row["side"]) for row in rows if "ms" in row}
+    # Factorised attention has no layer here: the original stands beside the operation itself.
+    assert (("operation.factorized_point_attention", "original") in timed) == (words is LAYERS_ON_A_CPU)
     assert {(subject, side) for subject in both for side in ("original", "torch")} <= timed
     assert all(row["low_ms"] <= row["ms"] <= row["high_ms"] for row in rows if "ms" in row)
     # Nothing is timed before the check that it rests on.

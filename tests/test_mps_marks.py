@@ -27,6 +27,7 @@ def test_where_tensors_say_that_they_are():
         assert (y + 1).device.type == torch.zeros(2, device=y.device).device.type == "mps"
         assert y[:2].device.type == nn.Linear(3, 2).to("mps").weight.device.type == "mps"
         assert y.to("mps") is y and x.cpu() is x
+        assert nn.Linear(3, 2).to(torch.device("mps")).weight.device == torch.device("mps", 0)
         assert (y * 2).cpu().device.type == "cpu" and y.device.type == "mps"
         torch.linalg.svd(torch.rand(3, 3).double())
         y.cpu().double().sum()

@@ -88,7 +88,7 @@ def test_other_sizes_are_other_choices(stand):
     assert len(content["tiles"]) == 2 and content["machine"] == "a GPU"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"tiles": 3}', '{"tiles": {"a": 3}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"tiles": 3}', '{"tiles": {"a": 3}, "wrong": 3}'])
 def test_a_broken_file_is_no_file(stand, text):
     cache = stand.cache()
     cache.path("a GPU").parent.mkdir(parents=True)
@@ -130,6 +130,30 @@ def test_a_tile_that_does_not_fit_is_passed_over(stand, monkeypatch):
     stand.too_large = TILES
     with pytest.raises(TooLarge):
         stand.cache().run(SIZES, TILES, stand.run, GPU)
+
+
+def test_a_tile_that_is_wrong_is_never_taken(stand, monkeypatch):
+    """At no size, by no process, whether it is the fastest, the first or the last that is left; until it is right."""
+    stand.cache().judge(SIZES, TILES[1], GPU, right=False)
+    assert stand.choose(stand.cache(), n=512) == TILES[2] and stand.ran == [TILES[0], TILES[2]]
+    monkeypatch.delenv("FOLDKERNELS_TUNE")
+    cache = stand.cache()
+    cache.keep(SIZES, TILES[1], GPU)
+    assert stand.choose(cache) == TILES[0] == stand.choose(stand.cache()), "kept before it was judged"
+    cache.judge(SIZES, TILES[0], GPU, right=False)
+    assert stand.choose(cache, n=1024) == TILES[2] == stand.choose(stand.cache(), n=1024)
+    assert cache.choose({"kernel": "backward"}, TILES, stand.run, GPU) == TILES[0], "another kernel"
+    stand.ran.clear()
+    stand.too_large = [TILES[2]]
+    with pytest.raises(TooLarge):
+        stand.cache().run(SIZES | {"n": 64}, TILES, stand.run, GPU)
+    assert stand.ran == [TILES[2]]
+    cache.judge(SIZES, TILES[2], GPU, right=False)
+    assert stand.choose(stand.cache(), n=64) == TILES[0], "all are wrong: the command said so"
+    cache.judge(SIZES, TILES[1], GPU, right=True)
+    assert stand.choose(stand.cache()) == TILES[1]
+    (kept,) = tile_cache.stored()
+    assert kept["wrong"] == {'{"kernel": "forward"}': [list(TILES[0]), list(TILES[2])]} and len(kept["tiles"]) == 2
 
 
 def test_names():

@@ -107,7 +107,7 @@ CELLS = [
       for dtype in ("bfloat16", "float32") for h, cz in ((3, 13), (9, 13), (2, 130))),
     *(_edges(dtype=dtype, n=17, quick=dtype == "bfloat16") for dtype in ("bfloat16", "float32")),
     *(_factorized(140, dtype=dtype, n=67, quick=dtype == "bfloat16") for dtype in ("bfloat16", "float32")),
-    *(_triangle(d, 67, dtype) for dtype in ("bfloat16", "float32") for d in (9, 29, 50, 101)),
+    *(_triangle(d, n, dtype) for dtype, n in (("bfloat16", 131), ("float32", 35)) for d in (9, 29, 50, 101)),
     *(Cell("attention_pair_bias", dtype, {"h": 2, "d": 24, "cz": 13}, 131, quick=dtype == "bfloat16")
       for dtype in ("bfloat16", "float32")),
 ]  # fmt: skip

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...compat.errors import BadInput
-from .rows import FAILED, MEASURED, UNAVAILABLE, WRONG, Results, Row
+from .rows import FAILED, MEASURED, NO_TIME, UNAVAILABLE, WRONG, Results, Row
 from .summary import megabytes, milliseconds
 
 #: What must be equal for two rows' times to be of one machine; versions may differ, and are told.
@@ -107,17 +107,26 @@ def compare_results(
         )
     others = machine_differences(MAY_DIFFER, [(before[key], after[key]) for key in common])
     changes = [_change(before[key], after[key], tolerance, beside_baseline) for key in common]
+    # Neither has a time, or a budget left one of them out: nothing to compare.
+    changes = [change for change in changes if change.ratio is not None or change.verdict in (BROKEN, MENDED)]
     changes.sort(key=_badness)
     both = [(before[key], after[key]) for key in common if _has_time(before[key]) and _has_time(after[key])]
     baselines = [(new.ms or 0.0) / (old.ms or 1.0) for old, new in both if old.kernel == old.baseline]
     return Comparison(
         changes=tuple(changes),
-        only_old=tuple(row for key, row in before.items() if key not in after and _has_time(row)),
-        only_new=tuple(row for key, row in after.items() if key not in before and _has_time(row)),
+        only_old=_only(before, after),
+        only_new=_only(after, before),
         drift=statistics.median(baselines) if baselines else None,
         tolerance=tolerance,
         beside_baseline=beside_baseline,
         differences=(*unlike, *others, *_version_differences([(before[key], after[key]) for key in common])),
+    )
+
+
+def _only(mine: Mapping[Any, Row], theirs: Mapping[Any, Row]) -> tuple[Row, ...]:
+    """The rows with a time which the other run does not have, or had no time for."""
+    return tuple(
+        row for key, row in mine.items() if _has_time(row) and (key not in theirs or theirs[key].status == NO_TIME)
     )
 
 
@@ -211,7 +220,8 @@ def as_text(found: Comparison) -> str:
         if found.of(verdict)
     )
     what = "times as parts of the baseline's" if found.beside_baseline else "times"
-    lines = [f"{len(found.changes)} measurements in both files, {what}: {counts} (tolerance {found.tolerance:.0%})."]
+    many = "measurement" if len(found.changes) == 1 else "measurements"
+    lines = [f"{len(found.changes)} {many} in both files, {what}: {counts} (tolerance {found.tolerance:.0%})."]
     lines += [f"These differ: {difference}" for difference in found.differences]
     drift = found.drift
     if (

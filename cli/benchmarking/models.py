@@ -94,12 +94,10 @@ class ModelSubject:
 
     def why_not(self, side: str, point: Point) -> str:
         """Why a side cannot run; empty if it can."""
-        known = self.sides(point.device)
-        if side not in known:
-            return f"no preset {side!r} here: {', '.join(known)}"
-        if point.dtype == "float64" and point.device == "mps":
+        if point.dtype == "float64" and _on_mps(point):
             return "MPS has no float64"
-        return ""
+        known = self.sides(point.device)
+        return "" if side in known else f"no preset {side!r} here: {', '.join(known)}"
 
     def runs(self, side: str) -> list[str]:
         """The kernels that the side ran on a short chain."""
@@ -202,7 +200,7 @@ class ModelSubject:
         return self._checked[key]
 
     def _truth_and_plain(self, point: Point) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        where = "cpu" if point.device == "mps" else point.device
+        where = "cpu" if _on_mps(point) else point.device
         exact = copy.deepcopy(self._side(self.first, point.device)).to(where).double()  # MPS has no float64
         inputs = self._moved(self.inputs(point.length, point.seed, True), where, torch.float64)
         truth = self._results(exact, inputs, point, nullcontext)
@@ -229,6 +227,11 @@ class ModelSubject:
             grads = {f"grad {name}": p.grad for name, p in model.named_parameters()}
             found |= {name: grad.detach().cpu() for name, grad in grads.items() if grad is not None}
         return found
+
+
+def _on_mps(point: Point) -> bool:
+    """Whether it is measured on an Apple GPU; there is one, with or without its number."""
+    return point.device.partition(":")[0] == "mps"
 
 
 def _loss(outputs: Mapping[str, Tensor], seed: int) -> Tensor:

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 Answer = dict[str, Any]
+#: Seconds that a process has to end after it was killed; then it is left alone.
+KILLED_WITHIN = 10.0
 
 
 class WorkerDied(RuntimeError):
@@ -118,7 +120,8 @@ class Worker:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 ended = process.wait(0.5 if process.stdout is not None and process.stdout.closed else 0.05)
         process.kill()
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to it
+            process.wait(KILLED_WITHIN)
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(OSError):
                 if pipe is not None:

@@ -38,7 +38,8 @@ def esm_combiner_of(model: ModelConfig, options: FoldkernelsConfig) -> ESMCombin
             residue_index_offset=config.residue_index_offset,
             cache=config.cache,
         )
-        return ESMCombiner(frozen, model.node_embed_size, model.edge_embed_size, config.hidden_dim, config.only_single)
+        widths = (model.node_embed_size, model.edge_embed_size, config.hidden_dim)
+        return ESMCombiner(frozen, *widths, config.only_single, init=config.init)
     except ValueError as error:
         raise BadInput(f"foldkernels.esm_combiner: {error}") from error
 

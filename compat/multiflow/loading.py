@@ -66,19 +66,16 @@ def build(
 def _load_weights(model: FlowModel, checkpoint: Checkpoint) -> None:
     wanted, found = model.state_dict(), dict(checkpoint.state_dict)
     lacking = [part for part in PARTS if _names(wanted, part) and not _names(found, part)]
-    unready = [part for part in lacking if getattr(getattr(model.options, part), "init", "fresh") != "zero"]
+    unready = [part for part in lacking if getattr(model.options, part).init != "zero"]
     if unready:
         report = mismatch_report([name for part in unready for name in _names(wanted, part)], [], [])
         sections = " and ".join(f"foldkernels.{part}" for part in unready)
-        blocks = [part for part in unready if hasattr(getattr(model.options, part), "init")]
-        fresh = [
-            f"or start them fresh, with the model unchanged at first, by `{part}: {{block: ..., init: zero}}`; "
-            for part in blocks[:1]
-        ]
+        first = "checkpoint" if unready[0] == "esm_combiner" else "block"
+        how = f"{unready[0]}: {{{first}: ..., init: zero}}"
         raise BadInput(
             f"{checkpoint.source}: the config asks for {sections}, whose weights are not in this checkpoint.\n{report}",
-            "".join(["train them first, and load the checkpoint that the training writes; ", *fresh])
-            + "or leave the section out.",
+            "train them first, and load the checkpoint that the training writes; or start them fresh, with the model "
+            f"unchanged at first, by `{how}`; or leave the section out.",
         )
     for part in lacking:
         found |= {name: wanted[name] for name in _names(wanted, part)}

@@ -85,6 +85,7 @@ TABLE: Mapping[int, Mapping[Variant, Mapping[tuple[int, int], Tile]]] = {
     },
 }
 
+
 def width(size: int, least: int = 16) -> int:
     """How wide a tile is for `size` columns: a power of two."""
     return max(least, 1 << (size - 1).bit_length())

@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from .mps_operators import Collect, collected, refuse
+from .mps_operators import Collect, collected, refuse, tensors_in
 
-DEVICE, IS_CPU, IS_MPS = (
-    getattr(Tensor, name).__get__
-    for name in ("device", "is_cpu", "is_mps")
-)
+DEVICE, IS_CPU, IS_MPS = (getattr(Tensor, name).__get__ for name in ("device", "is_cpu", "is_mps"))
 MPS, CPU = torch.device("mps", 0), torch.device("cpu")
 #: Operators that take tensors of two devices.
 BETWEEN = ("aten::copy_", "aten::_to_copy", "aten::index.Tensor", "aten::index_put_", "aten::_index_put_impl_")
@@ -46,10 +42,9 @@ class Marks:
         self.inside = False
 
     def add(self, x: Any) -> Any:
-        for leaf in tree_leaves(x):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                self.kept[storage._cdata] = storage
+        for tensor in tensors_in(x):
+            storage = tensor.untyped_storage()
+            self.kept[storage._cdata] = storage
         return x
 
     def forget(self, x: Tensor) -> None:
@@ -65,6 +60,7 @@ class OnMps(Collect):
     Attributes:
         mixed: Operators that met a tensor of the CPU.
         traps: What PyTorch's MPS backend is known to get wrong, as "operator: what".
+        types: The types of results.
     """
 
     def __init__(self, marks: Marks) -> None:
@@ -72,6 +68,7 @@ class OnMps(Collect):
         self.marks = marks
         self.mixed: set[str] = set()
         self.traps: set[str] = set()
+        self.types: set[str] = set()
 
     @contextmanager
     def body(self) -> Iterator[None]:
@@ -80,7 +77,7 @@ class OnMps(Collect):
             yield
 
     def record(self, func: Any, given: Any, out: Any) -> None:
-        tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
+        tensors = tensors_in(given)
         there = [self.marks.has(x) for x in tensors]
         if not any(there) and (tensors or not self.marks.inside):
             return
@@ -90,13 +87,14 @@ class OnMps(Collect):
         if name not in BETWEEN and any(x.ndim for x, marked in zip(tensors, there, strict=True) if not marked):
             self.mixed.add(name)
         self.traps.update(f"{name}: {what}" for what in _traps(func, *given, out))
+        self.types.update(str(x.dtype).removeprefix("torch.") for x in tensors_in(out))
         self.marks.add(out)
 
 
 def _traps(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Iterator[str]:
     """What is wrong with a call on some version of macOS and of PyTorch since 2.6; docs/mac.md lists them."""
     name = func.name().removeprefix("aten::").partition(".")[0].rstrip("_") or func.name()
-    if any(x.is_complex() for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)):
+    if any(x.is_complex() for x in tensors_in((args, kwargs, out))):
         yield "complex numbers"
     if kwargs.get("pin_memory"):
         yield "pinned memory"
@@ -160,14 +158,14 @@ class SentToMps(TorchFunctionMode):
                 dtypes = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, torch.dtype)]
                 dtypes += [x.dtype for x in where if isinstance(x, Tensor)]
                 return self._moved(args[0], to, dtypes[:1])
-        if name != "_parse_to" and any(names_mps(a) for a in (*args, *kwargs.values())):
+        if func is not torch.device and name != "_parse_to" and any(names_mps(a) for a in (*args, *kwargs.values())):
             args = tuple(CPU if names_mps(a) else a for a in args)
             kwargs = {key: CPU if names_mps(a) else a for key, a in kwargs.items()}
             return self.marks.add(func(*args, **kwargs))
         if name in ("linear", "scaled_dot_product_attention") and self.marks.has(args[0]):
             self.found.traps.update(f"{name}: {what}" for what in _function_traps(name, args, kwargs))
         before = self.marks.inside
-        self.marks.inside = before or any(self.marks.has(x) for x in tree_leaves((args, kwargs)))
+        self.marks.inside = before or any(self.marks.has(x) for x in tensors_in((args, kwargs)))
         try:
             out = func(*args, **kwargs)
             return self.marks.add(out) if self.marks.inside and name == "new_tensor" else out
@@ -207,10 +205,14 @@ def _function_traps(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 @contextmanager
-def on_mps() -> Iterator[OnMps]:
+def on_mps(*, traps: bool = True, needed: bool = True) -> Iterator[OnMps]:
     """Run as on a Mac, and fail if a Mac could not.
 
     Autocast on MPS is the CPU's here: it reaches the products, and those functions that MPS would keep in float32, too.
+
+    Args:
+        traps: Whether what PyTorch computes wrongly is a failure.
+        needed: Whether it is one that nothing ran.
     """
     marks = Marks()
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
@@ -230,20 +232,24 @@ def on_mps() -> Iterator[OnMps]:
     with (
         mock.patch.object(torch.autocast, "__enter__", enter_both),
         mock.patch.object(torch.autocast, "__exit__", leave_both),
-        collected(collect=OnMps(marks)) as found,
+        collected(collect=OnMps(marks), needed=needed) as found,
         SentToMps(marks, found),  # type: ignore[arg-type]
     ):
         yield found  # type: ignore[misc]
     EVERYTHING["runs"] += 1
     refuse("operators that met tensors of MPS and of the CPU", found.mixed)  # type: ignore[attr-defined]
-    refuse("what MPS is known to compute wrongly", found.traps)  # type: ignore[attr-defined]
+    if traps:
+        refuse("what MPS is known to compute wrongly", found.traps)  # type: ignore[attr-defined]
 
 
 @contextmanager
 def a_mac() -> Iterator[None]:
     """PyTorch and Lightning find a Mac's GPU."""
-    from lightning_fabric.accelerators.mps import MPSAccelerator
+    clear: list[Callable[[], None]] = []
+    with suppress(ImportError):
+        from lightning_fabric.accelerators.mps import MPSAccelerator
 
+        clear = [MPSAccelerator.is_available.cache_clear]
     with ExitStack() as stack:
         for name in ("is_available", "is_built"):
             stack.enter_context(mock.patch.object(torch.backends.mps, name, lambda: True))
@@ -252,8 +258,7 @@ def a_mac() -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch.mps, name, lambda: None))
         for name in ("current_allocated_memory", "driver_allocated_memory"):
             stack.enter_context(mock.patch.object(torch.mps, name, lambda: 1 << 20))
-        MPSAccelerator.is_available.cache_clear()
-        try:
-            yield
-        finally:
-            MPSAccelerator.is_available.cache_clear()
+        for forget in clear:
+            forget()
+            stack.callback(forget)
+        yield

@@ -58,7 +58,8 @@ class TrainingRun:
         last: The losses of the last step, and what else a row of `losses.csv` has.
         seconds: Time of this run.
         kernels: The kernels that ran.
-        module: The trained module.
+        module: The trained module, on the CPU again.
+        device: Where it was trained.
     """
 
     out: Path
@@ -68,6 +69,7 @@ class TrainingRun:
     seconds: float
     kernels: tuple[str, ...]
     module: TrainingModule
+    device: str
 
 
 def train(
@@ -173,7 +175,14 @@ def train(
             if trainer.is_global_zero:
                 record.write(status, problem)  # type: ignore[arg-type]
     return TrainingRun(
-        out, trainer.global_step, status == "interrupted", table.last, record.seconds, tuple(seen.names), module
+        out,
+        trainer.global_step,
+        status == "interrupted",
+        table.last,
+        record.seconds,
+        tuple(seen.names),
+        module,
+        str(trainer.strategy.root_device),
     )
 
 
