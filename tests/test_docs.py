@@ -25,7 +25,7 @@ from foldkernels.configs.options import FoldkernelsConfig
 from .support.pages import Block, blocks, commands, inline_commands, pages
 
 #: What mkdocs takes from beside docs/, and what the site calls it.
-ADOPTED = {"contributing.md", "changelog.md"}
+ADOPTED = {"contributing.md", "changelog.md", "small-model.md"}
 
 
 def writer(root, name):
@@ -194,8 +194,10 @@ def test_a_browser_shows_the_site_without_an_error(site, tmp_path):
 def test_a_warning_ends_the_build(root, tmp_path):
     """A page that leads nowhere, beside the others."""
     pytest.importorskip("material", reason="the site needs the extra [docs]")
-    for name in ("mkdocs.yml", "CONTRIBUTING.md", "CHANGELOG.md"):
-        shutil.copy(root / name, tmp_path)
+    hooks = writer(root, "site_hooks")
+    for name in ("mkdocs.yml", *hooks.ADOPTED, *hooks.PICTURES):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, tmp_path / name)
     shutil.copytree(root / "docs", tmp_path / "docs")
     with (tmp_path / "docs" / "mac.md").open("a") as page:
         page.write("\n[nowhere](index.md#no-such-heading)\n")
