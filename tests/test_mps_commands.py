@@ -176,6 +176,23 @@ def test_doctor_warns_of_training_on_an_old_pytorch(chip, version, well, monkeyp
     assert found["ok"] is well and ("2.14" in found["fix"]) is not well
 
 
+def test_doctor_of_macos(call, monkeypatch):
+    """Where the system says that it is a Mac's, and its settings cannot be asked for."""
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    code, out, error = call("doctor", "--no-check", "--json")
+    report = json.loads(out)
+    assert code == 0 and not report["problems"], error
+    one_pass = "edge_transition_attention"  # which pays on a CPU only
+    assert not any(kernels["torch"] for name, kernels in report["kernels"].items() if name != one_pass)
+    fixes = [package["fix"] for package in report["packages"].values() if package["fix"]]
+    assert all("Linux only" in fix for fix in fixes)
+
+
+def test_tune_has_nothing_to_do(call):
+    code, out, error = call("tune")
+    assert code == 0 and out.startswith("Nothing to tune on this machine's mps"), error
+
+
 @pytest.mark.parametrize("operation", some(operations(), ["invariant_point_attention", "attention"]))
 def test_bench_of_an_operation(operation):
     subject = OperationSubject(operation, SMALL)
