@@ -419,6 +419,14 @@ def tell(monkeypatch):
     return use
 
 
+@pytest.mark.parametrize(("load", "told"), [(99.0, True), (0.0, False)])
+def test_a_busy_machine_is_told(capsys, tmp_path, tell, monkeypatch, load, told):
+    tell()
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    _, _, errors = call(capsys, "attention", "-l", 16, "--no-memory", "--device", "cpu", "--out", tmp_path)
+    assert ("load 99 on" in errors) == told
+
+
 def test_a_path_is_a_model(capsys, tmp_path, tell):
     """Without --model, beside operations; what is neither is refused with what there is."""
     config = Path(__file__).parents[1] / "examples" / "small_multiflow" / "config.yaml"
