@@ -337,13 +337,13 @@ def _announce(wanted: Plan, bench: Run, folder: Path) -> None:
     what = f"{subjects}, {kernels} kernels that run here, L={lengths}"
     print(
         f"{what}, {points} points{' each' if len(bench.known) > 1 else ''}: about {about}{most}; results in {folder}",
+        file=sys.stderr,
+    )
     cores = os.cpu_count() or 1
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if wanted.device == "cpu" and busy > cores:
         words = f"other programs keep this machine busy (load {busy:.0f} on {cores} cores)"
         print(f"note: {words}: times vary, and little fits into a budget; --threads 1 suffers least", file=sys.stderr)
-        file=sys.stderr,
-    )
 
 
 def _duration(seconds: float) -> str:
