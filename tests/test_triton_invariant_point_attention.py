@@ -332,10 +332,10 @@ def test_descriptors_are_for_chips_that_have_them(capability):
         return
     have = capability in ((9, 0), (10, 0))
     assert described() == ([16, 8] if have else [])
-    assert described(d=96, points=48) == ([8, 4] if have else [])
+    assert described(d=64, points=48) == ([8, 4] if have else [])
     assert described(cz=256) == ([8, 4] if have else [])
     assert described(kernel="backward") == described(dtype=torch.float32) == described(h=9) == []
-    assert described(d=120) == described(dv=65) == described(cz=256, d=96, points=48) == []
+    assert described(d=120) == described(dv=65) == described(cz=256, d=64, points=48) == []
 
 
 def test_published_sizes_are_served_everywhere():
