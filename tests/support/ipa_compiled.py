@@ -19,7 +19,7 @@ TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISIONS = {"bf16": ("ieee",), "fp16": ("ieee",), "fp32": ("tf32x3", "tf32")}
 #: Bytes of stack, by type and channels. float32's products are three of tf32 each: their parts do not all fit a
 #: thread's registers.
-STACK = {(tiles.HALF, 128): 96, (tiles.HALF, 256): 256, (tiles.EXACT, 128): 512, (tiles.EXACT, 256): 1024}
+STACK = {(tiles.HALF, 128): 128, (tiles.HALF, 256): 256, (tiles.EXACT, 128): 512, (tiles.EXACT, 256): 1024}
 
 
 class Cell(NamedTuple):
