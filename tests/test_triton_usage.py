@@ -23,6 +23,15 @@ def test_the_table_has_what_can_be_chosen_and_nothing_else(operation):
     assert not said, f"python -m tests.support.usage_table: {said}"
 
 
+@operations
+def test_what_was_written_down_fits(operation):
+    """The chip's shared memory, and our own limit of spills."""
+    table = read(operation)
+    written = [x for x in VARIANTS[operation] if str(x) in table]
+    said = {str(x): too_much(x, Usage(*table[str(x)]), table, table["triton"]) for x in written}
+    assert written and not any(said.values()), {name: words for name, words in said.items() if words}
+
+
 @with_triton
 @pytest.mark.parametrize(
     ("operation", "variant"),
