@@ -89,7 +89,7 @@ def variant(cell: Cell, plan: tiles.Plan, precision: str, *, masked: bool = True
         f"{cell.kernel} {cell.dtype} {precision} {way} {cell.heads} {cell.channels} {unmasked}{tile}",
         rank=OTHERS if cell.described or not first else FIRST if usual else MORE,
         quick=first and masked and cell.fused and published,
-        stack=0 if cell.described else STACK[tiles.HALF if cell.half else tiles.EXACT, cell.channels],
+        stack=STACK[tiles.HALF if cell.half else tiles.EXACT, cell.channels],
         compile=partial(compiled, cell, plan, precision, masked=masked),
         faults=not_ahead if cell.described else partial(faults, cell),
     )
