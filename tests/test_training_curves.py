@@ -24,6 +24,7 @@ def test_a_factorised_model_learns_from_the_same_batches(rank):
 
 
 def test_runs_are_kept_and_drawn(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the pictures need the extra [plots]")
     arguments = ["--runs", "torch", "rank 1", "--steps", "2", "--output", str(tmp_path), "--figures", str(tmp_path)]
     assert training_curves.main(arguments) == 0
     said = capsys.readouterr().out

@@ -132,7 +132,8 @@ def test_nothing_to_tune_is_no_error(capsys, monkeypatch, tmp_path):
     found = json.loads(capsys.readouterr().out)
     assert not found["tuned"] and found["cache"] == str(tmp_path / "tiles")
     assert {x["operation"] for x in found["skipped"]} >= {"triangle_attention", "edge_transition"}
-    assert all("not on cpu" in x["why"] or x["operation"] == "edge_transition" for x in found["skipped"])
+    off = {x["operation"] for x in found["skipped"] if "not on cpu" in x["why"]}  # beside what else there is against it
+    assert off == {x["operation"] for x in found["skipped"]}
     assert command(["tune", "--device", "cpu"]) == 0
     assert "Nothing to tune on this machine's cpu" in capsys.readouterr().out
 
