@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import probe, registry
-from .trial import can_start_python, watch
+from .trial import answers_in, can_start_python, watch
 from .verification import Item, Row, verify
 
 # -c, because a file run as a script has no package; the path is the parent's, so that the same packages are found.
@@ -66,7 +66,7 @@ def _run(tasks: list[dict[str, Any]], imports: Sequence[str]) -> tuple[list[dict
             ending = watch([sys.executable, "-P", "-c", _PROGRAM, *map(str, (request, results, log))], results, log)
         except OSError as error:
             ending = f"could not be tried, since no process could be started ({error})"
-        answers = [answer for line in results.read_text(encoding="utf-8").splitlines() if (answer := _read(line))]
+        answers = answers_in(results)
         printed = probe.tail(str(log))
         ending = ending or "ends the process (exit status 0)"
         return answers, f"{ending}; it printed: {printed}" if printed else ending
@@ -85,11 +85,3 @@ def _died(item: Item, ending: str) -> Row:
 def _told(row: Row, advance: Callable[[Row], object]) -> Row:
     advance(row)
     return row
-
-
-def _read(line: str) -> dict[str, Any]:
-    try:
-        answer = json.loads(line)
-    except ValueError:  # it was being written when the process died
-        return {}
-    return answer if isinstance(answer, dict) else {}

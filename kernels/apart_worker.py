@@ -6,20 +6,17 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
+from .probe import answer_each, leave_no_core
 from .registry import leave_out_plugins
 from .verification import Item, verify
 
 
 def work(request_path: str, results_path: str, log: str) -> None:
     """Do every task of the request, and leave without the ordinary way out, on which a broken library may hang."""
-    try:  # An abort is expected here; a core file of some gigabytes is not wanted.
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    except (ImportError, OSError, ValueError):
-        pass
+    leave_no_core()
     with open(request_path, encoding="utf-8") as file:
         request = json.load(file)
     leave_out_plugins(request["broken_plugins"])
@@ -30,17 +27,11 @@ def work(request_path: str, results_path: str, log: str) -> None:
             print(f"importing {module}: {type(error).__name__}: {error}", file=sys.stderr)
     with open(results_path, "a", encoding="utf-8") as results:
         print("{}", file=results, flush=True)  # the imports are done: the time limit is the first task's from here
-        for task in request["tasks"]:
-            with open(log, "w"):  # the text so far was another task's
-                pass
-            answer = _do(task)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            print(json.dumps(answer), file=results, flush=True)
+        answer_each(request["tasks"], _do, results, log)
     os._exit(0)
 
 
-def _do(task: dict[str, Any]) -> dict[str, Any]:
+def _do(task: Mapping[str, Any]) -> dict[str, Any]:
     if "triton" not in task:
         return verify(Item.from_dict(task)).as_dict()
     try:

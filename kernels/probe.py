@@ -16,8 +16,8 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TextIO
 
 LAST_CHARACTERS = 600
 
@@ -69,28 +69,52 @@ def tail(log: str) -> str:
     return text if len(text) <= LAST_CHARACTERS else "... " + text[-LAST_CHARACTERS:]
 
 
-def main(request_path: str, results_path: str, log: str) -> None:
-    """Examine every package of the request."""
-    try:  # An abort is expected here; a core file of some gigabytes is not wanted.
+def leave_no_core() -> None:
+    """An abort is expected here; a core file of some gigabytes is not wanted."""
+    try:
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except (ImportError, OSError, ValueError):
         pass
+
+
+def flush() -> None:
+    """Have the log hold what was printed so far."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def answer_each(
+    tasks: Iterable[Mapping[str, Any]],
+    answer: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    results: TextIO,
+    log: str,
+) -> None:
+    """Do tasks one after the other, one JSON line for each that is done; the log is that of the task in hand."""
+    for task in tasks:
+        with open(log, "w"):  # the text so far was another task's
+            pass
+        found = answer(task)
+        flush()
+        print(json.dumps(found), file=results, flush=True)
+
+
+def main(request_path: str, results_path: str, log: str) -> None:
+    """Examine every package of the request."""
+
+    def answer(package: Mapping[str, Any]) -> dict[str, Any]:
+        found = examine(**package)
+        flush()
+        return {**found, "printed": tail(log)} if found["why"] else found
+
+    leave_no_core()
     with open(request_path, encoding="utf-8") as file:
         request = json.load(file)
     sys.path[:] = request["path"]
     importlib.invalidate_caches()
     with open(results_path, "a", encoding="utf-8") as results:
-        for package in request["packages"]:
-            with open(log, "w"):  # the text so far was another package's
-                pass
-            found = examine(**package)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            if found["why"]:
-                found["printed"] = tail(log)
-            print(json.dumps(found), file=results, flush=True)
+        answer_each(request["packages"], answer, results, log)
     # Not by the ordinary way out: the exit handlers of a half-imported package may hang.
     os._exit(0)
 

@@ -87,7 +87,7 @@ def _run(candidates: Sequence[Candidate]) -> dict[Candidate, Finding]:
         except OSError as error:
             text = f"could not be tried, since no process could be started ({error})"
             return {candidate: Finding(text) for candidate in candidates}
-        done = [_finding(result) for result in map(_read, results.read_text(encoding="utf-8").splitlines()) if result]
+        done = [_finding(result) for result in answers_in(results)]
         found = dict(zip(candidates, done, strict=False))
         if len(found) < len(candidates):  # it died at the next one
             guilty = candidates[len(found)]
@@ -95,6 +95,19 @@ def _run(candidates: Sequence[Candidate]) -> dict[Candidate, Finding]:
             printed = probe.tail(str(log))
             found[guilty] = Finding(f"{text}; it printed: {printed}" if printed else text)
         return found
+
+
+def answers_in(results: Path) -> list[dict[str, Any]]:
+    """What a process has answered, line by line: no empty answers, and none that it died in the middle of."""
+    found = []
+    for line in results.read_text(encoding="utf-8").splitlines():
+        try:
+            answer = json.loads(line)
+        except ValueError:  # it was being written when the process died
+            continue
+        if answer and isinstance(answer, dict):
+            found.append(answer)
+    return found
 
 
 def watch(command: Sequence[str], results: Path, log: Path) -> str | None:
@@ -142,14 +155,6 @@ def _finding(result: Mapping[str, Any]) -> Finding:
     if why is not None and result.get("printed"):
         why = f"{why}; it printed: {result['printed']}"
     return Finding(why, tuple((str(where), str(version)) for where, version in result["versions"]))
-
-
-def _read(line: str) -> dict[str, Any]:
-    try:
-        result = json.loads(line)
-    except ValueError:  # it was being written when the process died
-        return {}
-    return result if isinstance(result, dict) else {}
 
 
 def _timeout_s() -> float:

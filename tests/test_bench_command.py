@@ -292,6 +292,17 @@ def test_a_point_that_overruns_its_share_is_stopped_and_what_follows_has_its_own
     assert all(row.status == "no time" for row in rows) and len(rows) == 8
 
 
+def test_a_machine_too_slow_for_all_measures_some():
+    """Ten subjects have 2 s each, and each point takes 4: the first ones get theirs, the others none."""
+    clock = [0.0]
+    names = ["edge_transition", "edge_features", *(f"more {i}" for i in range(8))]
+    subjects = tuple({"kind": "operation", "name": name} for name in names)
+    _, rows = told_run(Told(clock), clock, subjects=subjects, lengths=(32, 64), budget=20.0)
+    measured = [(row.subject, row.length) for row in rows if row.status == "measured" and row.kernel == "torch"]
+    assert measured == [(name, 32) for name in names[:5]] and clock[0] <= 1.25 * 20.0
+    assert len(rows) == 10 * 2 * 2 and {row.status for row in rows} == {"measured", "no time"}
+
+
 def test_what_is_left_is_told_and_learns_from_what_was_off():
     clock, told = [0.0], []
     run = Run(

@@ -64,7 +64,7 @@ PLANTED = """
     def hangs(q, *rest):
         time.sleep(600)
 
-    for function in ({functions}):
+    for function in ({functions},):
         registry.register(
             operation="attention", name=function.__name__, supports=serves_everything, load=lambda run=function: run
         )

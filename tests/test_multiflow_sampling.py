@@ -24,16 +24,9 @@ from foldkernels.compat.multiflow.sample_targets import derive_seed
 from foldkernels.compat.multiflow.sampling import run_sampling, task_config
 from foldkernels.compat.multiflow.structures import read_structure
 
-PDB = Path(__file__).parent / "goldens" / "pdb" / "1odh.pdb"
+from .support.sampled import CONFIG
 
-CONFIG: dict[str, Any] = {
-    "min_t": 0.01,
-    "rots": {"sample_schedule": "exp", "exp_rate": 10},
-    "trans": {"sample_schedule": "linear"},
-    "aatypes": {"temp": 0.1, "noise": 20.0, "do_purity": True, "interpolant_type": "masking"},
-    "sampling": {"num_timesteps": 3},
-    "codesign_separate_t": False,
-}
+PDB = Path(__file__).parent / "goldens" / "pdb" / "1odh.pdb"
 
 
 class StandIn(torch.nn.Module):

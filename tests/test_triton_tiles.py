@@ -66,8 +66,10 @@ class Cell(NamedTuple):
         dtype, sizes = getattr(torch, self.dtype), self.sizes
         if self.operation == "invariant_point_attention":
             widths = {"d": sizes["c"] + 3 * sizes["p"] + 1, "dv": sizes["c"] + 3 * sizes["pv"]}
-            widths |= {"h": sizes["h"], "cz": sizes["cz"]}
-            return {kernel: points.plans_for(chip, kernel, dtype, **widths) for kernel in ("forward", "backward")}
+            widths |= {"h": sizes["h"], "cz": sizes["cz"], "points": 3 * sizes["p"]}
+            rows = sizes["cz"] % 8 == 0  # of 16 bytes, as descriptors want them
+            plans = {kernel: points.plans_for(chip, kernel, dtype, **widths) for kernel in ("forward", "backward")}
+            return {kernel: [x for x in some if rows or not x.descriptors] for kernel, some in plans.items()}
         if self.operation == "edge_transition":
             return {kernel: edges.tiles_for(chip, kernel) for kernel in edges.KERNELS} if chip else {}
         if self.operation == "factorized_point_attention":
@@ -105,9 +107,10 @@ def _triangle(d: int, n: int, dtype: str) -> Cell:
 CELLS = [
     *(_points(h, cz, dtype=dtype, n=17, batch=2, quick=h == 3)
       for dtype in ("bfloat16", "float32") for h, cz in ((3, 13), (9, 13), (2, 130))),
+    _points(3, 24, dtype="bfloat16", n=17, batch=2, quick=False),
     *(_edges(dtype=dtype, n=17, quick=dtype == "bfloat16") for dtype in ("bfloat16", "float32")),
     *(_factorized(140, dtype=dtype, n=67, quick=dtype == "bfloat16") for dtype in ("bfloat16", "float32")),
-    *(_triangle(d, n, dtype) for dtype, n in (("bfloat16", 131), ("float32", 35)) for d in (9, 29, 50, 101)),
+    *(_triangle(d, n, dtype) for dtype, n in (("bfloat16", 131), ("float32", 37)) for d in (9, 29, 50, 101)),
     *(Cell("attention_pair_bias", dtype, {"h": 2, "d": 24, "cz": 13}, 131, quick=dtype == "bfloat16")
       for dtype in ("bfloat16", "float32")),
 ]  # fmt: skip

@@ -19,6 +19,9 @@ from .workers import OutOfTime, Worker, WorkerDied, bench_worker
 SILENCE_S, SILENCE_FACTOR = 180.0, 30.0
 #: The part of its share of a budget by which a subject may overrun it, and the least that a point gets in seconds.
 GRACE, LEAST_S = 0.25, 1.0
+#: The part of a budget that a subject's first point may take, however many there are: a machine that is slow measures
+#: some of them rather than none.
+FIRST_POINT = 0.2
 #: The part of a budget that trials may take.
 TRIALS = 0.25
 #: Estimates are corrected by what points really took, as soon as that is more than so many seconds.
@@ -187,6 +190,8 @@ class Run:
             self._point_began = self.seconds
             self._tell(what)
             left = None if share is None else began + share - self.seconds
+            if left is not None and not any(map(known.has_seen, self.plan.points())):
+                left = max(left, self._for_the_first(began))
             # A guess by the trial decides nothing: the worker calls a kernel twice, and then knows.
             if left is not None and able and (left <= 0 or (known.has_seen(point) and guess > left)):
                 self._to_do.pop(0)
@@ -217,6 +222,11 @@ class Run:
                 for row in late:
                     row["why"] = self._too_long(self._guess(known, point))
             yield self._as_rows(known, point, found)
+
+    def _for_the_first(self, began: float) -> float:
+        """Seconds that a subject's first point may take, which began then."""
+        budget = self.plan.budget or 0.0
+        return min(began + FIRST_POINT * budget, budget) - self.seconds
 
     def _measure(
         self,

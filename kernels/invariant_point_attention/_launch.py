@@ -15,20 +15,15 @@ from .._triton_common import INTERPRETED
 from ..custom import no_double_backward
 from ..tensors import without_autocast
 from ..tile_cache import TileCache, length_class, source_of
-from . import _triton
+from . import _launch_descriptors, _triton, _triton_descriptors
+from ._packing import LOG2E, power, up
 from ._rows import NEVER
 from ._tiles import Plan, plans_for, width
 from ._triton import KERNELS
 
-_ALIGNED = 16  # elements; Triton reads in vectors where a size is a multiple of this
 Result = TypeVar("Result")
 
-_LOG2E = 1.4426950408889634
 _CHIP_OF_THE_INTERPRETER = (8, 0)
-
-
-def _up(size: int) -> int:
-    return -(-size // _ALIGNED) * _ALIGNED
 
 
 class Packed(NamedTuple):
@@ -38,32 +33,29 @@ class Packed(NamedTuple):
     scale: Float[Tensor, "b h rows"]
 
 
-def _power(x: Tensor, axis: int) -> Tensor:
-    """The power of two next above the largest magnitude along an axis, which stays; 1 where all are zero."""
-    largest = x.abs().amax(axis, keepdim=True)
-    return torch.where(largest > 0, torch.exp2(torch.ceil(torch.log2(largest.clamp(min=1e-30)))), 1.0)
-
-
 def _terms(x: Float[Tensor, "b h rows d"], rows: int, halves: bool) -> Tensor:
     """Lay rows out for the kernel: padded with zeros, as float32, or as the sum of two numbers of 16 bits.
 
     Two terms of float16 hold a number of magnitude up to 1 to 2^-24.
     """
     b, h, given, d = x.shape
-    out = x.new_zeros(b, h, rows, 2 if halves else 1, _up(d), dtype=torch.float16 if halves else torch.float32)
+    out = x.new_zeros(b, h, rows, 2 if halves else 1, up(d), dtype=torch.float16 if halves else torch.float32)
     out[:, :, :given, 0, :d] = x
     if halves:
         out[:, :, :given, 1, :d] = x - out[:, :, :given, 0, :d].float()
     return out
 
 
-class _Call:
+class Call:
     """What both passes of a call have in common."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, z: Tensor, there: Tensor, pair_mask: Tensor | None) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, z: Tensor, there: Tensor, pair_mask: Tensor | None, points: int
+    ) -> None:
+        self.points = points
         self.b, self.h, self.n, self.d = q.shape
         self.dv, self.cz = v.shape[-1], z.shape[-1]
-        self.padded = _up(self.n)
+        self.padded = up(self.n)
         self.z = z if z.stride(-1) == 1 or self.cz == 1 else z.contiguous()
         # What masked residues hold must not set the scale of the others.
         self.gone = k[..., -1:] <= NEVER / 2
@@ -86,8 +78,10 @@ class _Call:
 
     def planned(self, kernel: str, run: Callable[[Plan], Result]) -> Result:
         """Run a pass as the chip runs it best."""
-        sizes = {"h": self.h, "cz": self.cz, "d": self.d - 1, "dv": self.dv}
+        sizes = {"h": self.h, "cz": self.cz, "d": self.d - 1, "dv": self.dv, "points": self.points}
         plans = plans_for(self.capability, kernel, self.z.dtype, **sizes)
+        if not _launch_descriptors.describable(self.z):
+            plans = [plan for plan in plans if not plan.descriptors]
         words: dict[str, int | str] = {"kernel": kernel, "z": str(self.z.dtype), "precision": self.precision, **sizes}
         words |= {"b": length_class(self.b), "n": length_class(self.n)}
         return _TILES.run(words, plans, run, self.q.device)
@@ -110,16 +104,16 @@ class _Call:
         """Queries, all but the ones that multiply the keys' norms; in base 2."""
         q = self.q[..., :-1]
         if not self.halves:
-            return Packed(_terms(q * _LOG2E, self.n, False), q.new_ones(q.shape[:-1]))
+            return Packed(_terms(q * LOG2E, self.n, False), q.new_ones(q.shape[:-1]))
         q = q * self.key_scale()
-        scale = _power(q, -1)
-        return Packed(_terms(q / scale, self.n, True), (scale[..., 0] * _LOG2E).contiguous())
+        scale = power(q, -1)
+        return Packed(_terms(q / scale, self.n, True), (scale[..., 0] * LOG2E).contiguous())
 
     def key_scale(self) -> Tensor:
-        return _power(self.k, -2) if self.halves else self.k.new_ones(())
+        return power(self.k, -2) if self.halves else self.k.new_ones(())
 
     def value_scale(self) -> Tensor:
-        return _power(self.v, -2) if self.halves else self.v.new_ones(())
+        return power(self.v, -2) if self.halves else self.v.new_ones(())
 
     def keys(self) -> Tensor:
         return _terms(self.k / self.key_scale(), self.padded, self.halves)
@@ -130,7 +124,7 @@ class _Call:
     def key_bias(self) -> Float[Tensor, "b h padded"]:
         """What a key adds to all its logits, in base 2."""
         out = self.norm.new_full((self.b, self.h, self.padded), NEVER)
-        out[..., : self.n] = (self.norm * _LOG2E).clamp(min=NEVER)
+        out[..., : self.n] = (self.norm * LOG2E).clamp(min=NEVER)
         return out
 
     def logits(self) -> Float[Tensor, "b h n padded"]:
@@ -155,7 +149,7 @@ class _Call:
         """Run a kernel as planned. A device without a number (the interpreter's CPU) needs no guard."""
         strides = (*self.z.stride()[:3], *(self.mask.stride() if self.pair_mask is not None else (0, 0, 0)))
         _, each = self.parts(plan)
-        d, dv = _up(self.d - 1), _up(self.dv)
+        d, dv = up(self.d - 1), up(self.dv)
         with torch.cuda.device(self.q.device) if self.q.is_cuda else nullcontext():
             KERNELS[kernel][(programs,)](
                 *arguments,
@@ -173,7 +167,7 @@ class _Call:
 
 _FEWEST_BLOCKS = 4  # of keys in a part: fewer would not pay for adding the parts up
 _PROGRAMS = 384  # a few for each processor of the largest chips
-_TILES = TileCache("invariant_point_attention", source_of(_triton, _triton_common), OutOfResources)
+_TILES = TileCache("invariant_point_attention", source_of(_triton, _triton_descriptors, _triton_common), OutOfResources)
 
 
 def _outputs(q: Tensor, v: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,34 +176,38 @@ def _outputs(q: Tensor, v: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, z: Tensor, bias_weight: Tensor, there: Tensor, pair_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Call(q, k, v, z, there, pair_mask)
+    q: Tensor, k: Tensor, v: Tensor, z: Tensor, bias_weight: Tensor, there: Tensor, pair_mask: Tensor | None,
+    points: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    call = Call(q, k, v, z, there, pair_mask, points)
     if call.empty:
         out, pair, lse = _outputs(q, v, z)
         return out.zero_(), pair.zero_(), lse.fill_(torch.inf)
     return call.planned("forward", lambda plan: _forward_as(plan, call, bias_weight))
 
 
-def _forward_as(plan: Plan, call: _Call, bias_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_as(plan: Plan, call: Call, bias_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     parts, _ = call.parts(plan)
     weight = bias_weight.new_zeros(call.cz, call.head_width(plan), dtype=call.z.dtype)
     weight[:, : call.h] = bias_weight.t()
     pairs = call.q.new_empty(parts, call.b, call.n, call.h, call.cz)
     lses = call.q.new_empty(parts, call.b, call.h, call.n)
-    nothing = lses
-    operands: tuple[Tensor, ...]
-    if plan.fused:
-        queries, scale = call.queries()
-        values, logits = call.values(), nothing
-        operands = (queries, scale, call.keys(), call.key_bias(), values, logits)
-        outs = call.q.new_empty(parts, call.b, call.h, call.n, values.shape[-1])
+    logits = outs = lses  # in the place of what is not there
+    if plan.descriptors:
+        outs = _launch_descriptors.forward(call, plan, weight, pairs, lses)
     else:
-        logits = call.logits()
-        operands = (*(nothing,) * 5, logits)
-        outs = nothing
-    programs = parts * call.b * -(-call.n // plan.queries)
-    call.launch("forward", plan, programs, call.z, weight, *operands, call.mask, call.there, outs, pairs, lses)
+        operands = (lses,) * 5
+        if plan.fused:
+            queries, scale = call.queries()
+            values = call.values()
+            operands = (queries, scale, call.keys(), call.key_bias(), values)
+            outs = lses.new_empty(*lses.shape, values.shape[-1])
+        else:
+            logits = call.logits()
+        programs = parts * call.b * -(-call.n // plan.queries)
+        call.launch(
+            "forward", plan, programs, call.z, weight, *operands, logits, call.mask, call.there, outs, pairs, lses
+        )
     lse, shares = _joined(lses, call.there)
     pair = (pairs * shares.transpose(2, 3)[..., None]).sum(0) if parts > 1 else pairs[0]
     if not plan.fused:
@@ -235,7 +233,7 @@ def _matrix_product(a: Tensor, x: Tensor) -> Float[Tensor, "b h m d"]:
     if a.dtype is torch.float32:
         return a @ x
     d = x.shape[-1]
-    scale = _power(x, -2) if a.dtype is torch.float16 else x.new_ones(())
+    scale = power(x, -2) if a.dtype is torch.float16 else x.new_ones(())
     x = x / scale
     high = x.to(a.dtype)
     two = torch.cat([high, (x - high.float()).to(a.dtype)], -1)
@@ -251,9 +249,9 @@ _BMM_TAKES_OUT_DTYPE = hasattr(torch.ops.aten.bmm, "dtype")
 
 def _backward(
     d_out: Tensor, d_pair: Tensor, q: Tensor, k: Tensor, v: Tensor, z: Tensor, bias_weight: Tensor, there: Tensor,
-    pair_mask: Tensor | None, out: Tensor, pair: Tensor, lse: Tensor,
+    pair_mask: Tensor | None, points: int, out: Tensor, pair: Tensor, lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    call = _Call(q, k, v, z, there, pair_mask)
+    call = Call(q, k, v, z, there, pair_mask, points)
     if call.empty:
         d_q, d_k, d_v, d_z, d_weight = (torch.zeros_like(x) for x in (q, k, v, z, bias_weight))
         return d_q, d_k, d_v, d_z.contiguous(), d_weight
@@ -265,7 +263,7 @@ def _backward(
 
 
 def _backward_as(
-    plan: Plan, call: _Call, d_out: Tensor, d_pair: Tensor, bias_weight: Tensor, out: Tensor, pair: Tensor, lse: Tensor
+    plan: Plan, call: Call, d_out: Tensor, d_pair: Tensor, bias_weight: Tensor, out: Tensor, pair: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     q, z = call.q, call.z
     wide = call.head_width(plan)
@@ -280,7 +278,7 @@ def _backward_as(
     if plan.fused:
         queries, scale = call.queries()
         asked = d_out * call.value_scale()
-        asked_scale = _power(asked, -1) if call.halves else torch.ones_like(asked[..., :1])
+        asked_scale = power(asked, -1) if call.halves else torch.ones_like(asked[..., :1])
         asked = _terms(asked / asked_scale, call.n, call.halves)
         asked_scale = asked_scale.contiguous()
         operands = (queries, scale, call.keys(), call.key_bias(), asked, asked_scale, call.values(), nothing, nothing)
@@ -312,46 +310,52 @@ def _backward_as(
 
 @torch.library.custom_op("foldkernels::ipa_triton", mutates_args=())
 def ipa_triton(
-    q: Tensor, k: Tensor, v: Tensor, z: Tensor, bias_weight: Tensor, there: Tensor, pair_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, z: Tensor, bias_weight: Tensor, there: Tensor, pair_mask: Tensor | None,
+    points: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Attend with lifted q, k [b, h, n, d] and v [b, h, n, dv]; `there` [b, n] is False for queries that get zeros.
+
+    Of the columns of q and k, the last is the norms', and `points` before it are points: their products cancel.
 
     Returns:
         The means of v [b, h, n, dv] and of z [b, n, h, cz], and the logits' log-sum-exp [b, h, n] in base 2, through
         which no gradient goes.
     """
     with without_autocast(q):
-        return _forward(q, k, v, z, bias_weight, there, pair_mask)
+        return _forward(q, k, v, z, bias_weight, there, pair_mask, points)
 
 
 @ipa_triton.register_fake
-def _(q, k, v, z, bias_weight, there, pair_mask):  # type: ignore[no-untyped-def]
+def _(q, k, v, z, bias_weight, there, pair_mask, points):  # type: ignore[no-untyped-def]
     return _outputs(q, v, z)
 
 
 @torch.library.custom_op("foldkernels::ipa_triton_backward", mutates_args=())
 def ipa_triton_backward(
     d_out: Tensor, d_pair: Tensor, q: Tensor, k: Tensor, v: Tensor, z: Tensor, bias_weight: Tensor, there: Tensor,
-    pair_mask: Tensor | None, out: Tensor, pair: Tensor, lse: Tensor,
+    pair_mask: Tensor | None, points: int, out: Tensor, pair: Tensor, lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k, v, z and bias_weight."""
     with without_autocast(q):
-        return _backward(d_out, d_pair, q, k, v, z, bias_weight, there, pair_mask, out, pair, lse)
+        return _backward(d_out, d_pair, q, k, v, z, bias_weight, there, pair_mask, points, out, pair, lse)
 
 
 @ipa_triton_backward.register_fake
-def _(d_out, d_pair, q, k, v, z, bias_weight, there, pair_mask, out, pair, lse):  # type: ignore[no-untyped-def]
+def _(d_out, d_pair, q, k, v, z, bias_weight, there, pair_mask, points, out, pair, lse):  # type: ignore[no-untyped-def]
     dz = torch.empty_like(z, memory_format=torch.contiguous_format)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dz, torch.empty_like(bias_weight)
 
 
 def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*inputs, *output)
+    *tensors, ctx.points = inputs
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _gradients(ctx, d_out, d_pair, _):  # type: ignore[no-untyped-def]
-    return *ipa_triton_backward(d_out.contiguous(), d_pair.contiguous(), *ctx.saved_tensors), None, None
+    *inputs, out, pair, lse = ctx.saved_tensors
+    given = (d_out.contiguous(), d_pair.contiguous(), *inputs, ctx.points, out, pair, lse)
+    return *ipa_triton_backward(*given), None, None, None
 
 
 ipa_triton.register_autograd(_gradients, setup_context=_keep)

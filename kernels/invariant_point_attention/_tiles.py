@@ -24,6 +24,7 @@ class Plan(NamedTuple):
         warps: Warps of a program.
         stages: Tiles of z that are under way.
         chunks: In how many parts the channels of a tile come.
+        descriptors: Whether tiles are read through tensor descriptors, by a kernel of their own.
     """
 
     fused: bool
@@ -33,15 +34,20 @@ class Plan(NamedTuple):
     warps: int
     stages: int
     chunks: int = 1
+    descriptors: bool = False
 
 
 #: The widest lifted head, without its norm, that is served by computing all of the logits in the kernel.
 FUSED_WIDTH = 64
-#: Heads and channels of tiles, together: what a thread's registers hold.
+#: Heads and channels of tiles, together: what a thread's registers hold. 32 heads and 128 channels would do for the
+#: forward pass beside 16 bits, in 4 rows (90,112 bytes, a stack of 40 on 9.0 and 88 on 10.0), but both passes and all
+#: types take the same heads, and the backward pass spills 512 bytes in 1 row there and 4,128 in float32.
 CELLS = ((8, 128), (16, 128), (8, 256))
 CHANNELS = max(channels for _, channels in CELLS)
 #: Channels of z beyond which a tile takes them in two parts.
 CHUNK = 128
+#: The oldest capability with a copy engine that descriptors tell of tensors.
+DESCRIPTORS = (9, 0)
 FORWARD, BACKWARD = "forward", "backward"
 EXACT, HALF = "float32", "16 bits"
 FUSED, WIDE = True, False
@@ -85,6 +91,23 @@ TABLE: Mapping[int, Mapping[Variant, Mapping[tuple[int, int], Tile]]] = {
     },
 }
 
+#: The same for the forward kernel that reads 16-bit tiles through tensor descriptors (capability 9.0 and more): heads,
+#: channels and `halves_width` of a tile -> the tile. Rows of values are up to `FUSED_WIDTH` wide.
+#:
+#: These are tried by `foldkernels tune`, and not taken unmeasured: neither they nor the pointers have run on a GPU, and
+#: what a driver says to a descriptor no compiler tells. They should win: 16 rows take 17 instructions a pair on 9.0
+#: where 8 rows by pointers take 38, and read 120 bytes of keys and values a pair beside z's 256, not 320.
+#:
+#: No more than 8 heads: 16 in 8 rows ask for 233,536 bytes, and in 4 rows take 72 instructions a pair; 32 in 4 rows ask
+#: for 332,352 bytes and spill 472 on 9.0, 2,464 on 10.0, where the product with the bias weight goes to tensor memory.
+DESCRIBED: Mapping[int, Mapping[tuple[int, int, int], Tile]] = {
+    232_448: {
+        (8, 128, 32): (16, 16, 8, 3),
+        (8, 128, 64): (8, 16, 8, 3),
+        (8, 256, 32): (8, 16, 8, 3),
+    },
+}
+
 
 def width(size: int, least: int = 16) -> int:
     """How wide a tile is for `size` columns: a power of two."""
@@ -100,6 +123,11 @@ def heads_at_once(cz: int) -> int:
     return most
 
 
+def halves_width(d: int, points: int) -> int:
+    """How wide a tile of points beside half of the scalars is, for d columns of which so many are points'."""
+    return width(points + -(-(d - points) // 2))
+
+
 def _cell(h: int, cz: int) -> tuple[int, int]:
     """The smallest heads and channels of the table that hold so many; zeros where none do."""
     return next((cell for cell in CELLS if h <= cell[0] and cz <= cell[1]), (0, 0))
@@ -110,7 +138,15 @@ def _type(dtype: torch.dtype) -> str:
 
 
 def plans_for(
-    capability: tuple[int, int] | None, kernel: str, dtype: torch.dtype, *, h: int, cz: int, d: int, dv: int
+    capability: tuple[int, int] | None,
+    kernel: str,
+    dtype: torch.dtype,
+    *,
+    h: int,
+    cz: int,
+    d: int,
+    dv: int,
+    points: int,
 ) -> list[Plan]:
     """A few ways to run a kernel, all of which fit the chip; the first is taken unless another was measured.
 
@@ -122,6 +158,7 @@ def plans_for(
         cz: Channels of z.
         d: The width of a lifted query, without the one for the norms.
         dv: The width of lifted values.
+        points: How many of a lifted query's columns are of points.
 
     Raises:
         ValueError: There is none, which `reasons_against` would have said.
@@ -136,7 +173,20 @@ def plans_for(
             found.append(Plan(way, queries, keys, cell[0], warps, stages, max(1, cell[1] // CHUNK)))
     if not found:
         raise ValueError(f"the Triton kernels have no tile for {h} heads and pairs of {cz} in {dtype}")
-    return [*with_halves(found[0], ("queries",), least=1, fewest_warps=8), *found[1:]]
+    plans = [*with_halves(found[0], ("queries",), least=1, fewest_warps=8), *found[1:]]
+    if (kernel, _type(dtype)) == (FORWARD, HALF) and dv <= FUSED_WIDTH:
+        plans += _described(capability, h, cz, halves_width(d, points))
+    return plans
+
+
+def _described(capability: tuple[int, int] | None, h: int, cz: int, columns: int) -> list[Plan]:
+    """The ways that read tiles through descriptors."""
+    table = DESCRIBED.get(shared_memory(capability), {}) if capability and capability >= DESCRIPTORS else {}
+    for (heads, channels, widest), (queries, keys, warps, stages) in table.items():
+        if h <= heads and cz <= channels and columns <= widest:
+            plan = Plan(FUSED, queries, keys, heads, warps, stages, descriptors=True)
+            return with_halves(plan, ("queries",), least=1, fewest_warps=8)
+    return []
 
 
 def reasons_against(request: Request) -> list[Reason]:

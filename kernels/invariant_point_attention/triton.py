@@ -4,6 +4,11 @@ That holds for as many heads as a tile has, 16, or 8 where z is wider than 128; 
 other.
 Queries and keys are lifted as for the kernel `torch`; beside a 16-bit z, each lifted number is the sum of two of 16
 bits, so that the logits are as good as float32's.
+
+On chips of capability 9.0 and more the forward pass beside a 16-bit z and up to 8 heads has a second way to read its
+tiles, through tensor descriptors: 16 query rows a program, half the instructions. There points are the sum of two
+numbers and scalars are rounded to float16. `foldkernels tune` tries it; unmeasured it is not taken. A z that no
+descriptor holds (expanded, transposed, or its rows not aligned to 16 bytes) is read by pointers.
 """
 
 import torch
@@ -39,7 +44,8 @@ def run(
     there = mask if pair_mask is None else mask & (pair_mask & mask[:, None]).any(-1)
     some = heads_at_once(z.shape[-1])
     by_head = (*(x.split(some, 1) for x in lifted[:3]), bias_weight.split(some))
-    found = [ipa_triton(q, k, v, z, weight, there, pair_mask) for q, k, v, weight in zip(*by_head, strict=True)]
+    points = 3 * q_points.shape[-2]
+    found = [ipa_triton(q, k, v, z, weight, there, pair_mask, points) for q, k, v, weight in zip(*by_head, strict=True)]
     out = torch.cat([group[0] for group in found], 1) if len(found) > 1 else found[0][0]
     pair = torch.cat([group[1] for group in found], 2) if len(found) > 1 else found[0][1]
     return (*split_values(out, lifted.centre, there, v, v_points), pair.to(q.dtype))

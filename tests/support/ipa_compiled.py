@@ -19,7 +19,7 @@ TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISIONS = {"bf16": ("ieee",), "fp16": ("ieee",), "fp32": ("tf32x3", "tf32")}
 #: Bytes of stack, by type and channels. float32's products are three of tf32 each: their parts do not all fit a
 #: thread's registers.
-STACK = {(tiles.HALF, 128): 96, (tiles.HALF, 256): 256, (tiles.EXACT, 128): 512, (tiles.EXACT, 256): 1024}
+STACK = {(tiles.HALF, 128): 128, (tiles.HALF, 256): 256, (tiles.EXACT, 128): 512, (tiles.EXACT, 256): 1024}
 
 
 class Cell(NamedTuple):
@@ -31,6 +31,8 @@ class Cell(NamedTuple):
     fused: bool
     heads: int
     channels: int
+    #: How wide points beside half of the scalars are, where tiles are read through descriptors; else 0.
+    described: int = 0
 
     @property
     def half(self) -> bool:
@@ -40,9 +42,11 @@ class Cell(NamedTuple):
     def plans(self) -> list[tiles.Plan]:
         """The ways that it is run in; where both are possible, the other is another cell."""
         columns = tiles.FUSED_WIDTH if self.fused else tiles.FUSED_WIDTH + 1
-        sizes = {"h": self.heads, "cz": self.channels, "d": columns, "dv": columns}
+        sizes = {"h": self.heads, "cz": self.channels, "d": columns, "dv": columns, "points": 0}
+        if self.described:
+            sizes |= {"d": self.described, "points": self.described}
         found = tiles.plans_for(CHIPS[self.arch], self.kernel, TYPES[self.dtype], **sizes)
-        return [plan for plan in found if plan.fused == self.fused]
+        return [plan for plan in found if plan.fused == self.fused and plan.descriptors == bool(self.described)]
 
 
 def cells() -> Iterator[Cell]:
@@ -52,6 +56,10 @@ def cells() -> Iterator[Cell]:
             for dtype in ("bf16", "fp16") if z == tiles.HALF else ("fp32",):
                 for heads, channels in found:
                     yield Cell(arch, kernel, dtype, fused, heads, channels)
+        if capability >= tiles.DESCRIPTORS:
+            for dtype in ("bf16", "fp16"):
+                for heads, channels, columns in tiles.DESCRIBED[chips.shared_memory(capability)]:
+                    yield Cell(arch, tiles.FORWARD, dtype, tiles.FUSED, heads, channels, columns)
 
 
 def variants() -> Iterator[Variant]:
@@ -71,18 +79,19 @@ def variants() -> Iterator[Variant]:
 
 def variant(cell: Cell, plan: tiles.Plan, precision: str, *, masked: bool = True) -> Variant:
     """A cell in one of its tiles; the published size in bfloat16 on 9.0 is quick."""
-    way = "fused" if cell.fused else "wide"
+    way = f"descriptors-{cell.described}" if cell.described else "fused" if cell.fused else "wide"
     tile = f"{plan.queries}x{plan.keys}x{plan.warps}x{plan.stages}"
     unmasked = "" if masked else "unmasked "
+    published = (cell.arch, cell.dtype, cell.channels) == (90, "bf16", 128) and cell.described in (0, 32)
     first, usual = plan == cell.plans()[0], masked and (cell.dtype, precision) in (("bf16", "ieee"), ("fp32", "tf32x3"))
     return Variant(
         cell.arch,
         f"{cell.kernel} {cell.dtype} {precision} {way} {cell.heads} {cell.channels} {unmasked}{tile}",
-        rank=OTHERS if not first else FIRST if usual else MORE,
-        quick=first and masked and cell.fused and (cell.arch, cell.dtype) == (90, "bf16"),
+        rank=OTHERS if cell.described or not first else FIRST if usual else MORE,
+        quick=first and masked and cell.fused and published,
         stack=STACK[tiles.HALF if cell.half else tiles.EXACT, cell.channels],
         compile=partial(compiled, cell, plan, precision, masked=masked),
-        faults=partial(faults, cell),
+        faults=not_ahead if cell.described else partial(faults, cell),
     )
 
 
@@ -96,6 +105,8 @@ def compiled(cell: Cell, plan: tiles.Plan, precision: str, *, masked: bool = Tru
         masked: With a mask over pairs.
         ones: Names of integer arguments that are 1, which Triton compiles for.
     """
+    if cell.described:
+        return _described(cell, plan, masked=masked, ones=ones)
     from foldkernels.kernels.invariant_point_attention._triton import KERNELS
 
     columns = tiles.FUSED_WIDTH if cell.fused else tiles.FUSED_WIDTH + 1
@@ -118,6 +129,47 @@ def compiled(cell: Cell, plan: tiles.Plan, precision: str, *, masked: bool = Tru
     # Pointers, z's strides and the padded number of keys are multiples of 16; sizes are anything.
     odd = (*counts, *(name for name in numbers if name.startswith("m_")))
     return compiled_for(cell.arch, function, types, constants, odd, warps=plan.warps, stages=plan.stages)
+
+
+def _described(cell: Cell, plan: tiles.Plan, *, masked: bool, ones: tuple[str, ...]) -> Any:
+    """The same of the kernel that reads tiles through descriptors."""
+    from foldkernels.kernels.invariant_point_attention._triton_descriptors import forward_kernel
+
+    columns = tiles.FUSED_WIDTH
+    constants: dict[str, Any] = {
+        "H": cell.heads, "HW": plan.heads, "CZ": cell.channels, "CZW": cell.channels,
+        "PW": cell.described, "DV": columns, "DVW": columns,
+        "I": plan.queries, "J": plan.keys, "NEVER": -1e30,
+        "MASKED": masked, "INTERPRETED": False, **dict.fromkeys(ones, 1),
+    }  # fmt: skip
+    tile = {
+        "z": f"{cell.dtype}[1, {plan.queries}, {plan.keys}, {cell.channels}]",
+        "k": f"fp16[1, {plan.heads}, {plan.keys}, {cell.described}]",
+        "v": f"fp16[1, {plan.heads}, {plan.keys}, {columns}]",
+    }
+    types = {"weight": f"*{cell.dtype}", "q": "*fp16", "pair_mask": "*i1", "there": "*i1"}
+    types |= dict.fromkeys(("q_scale", "key_bias", "out", "pair", "lse"), "*fp32")
+    types |= {name: f"tensordesc<{x}>" for name, x in tile.items()}
+    odd = ("items", "n", "blocks_a_part", "m_b", "m_i", "m_j", *tile)
+    return compiled_for(cell.arch, forward_kernel, types, constants, odd, warps=plan.warps, stages=plan.stages)
+
+
+def not_ahead(code: Any) -> list[str]:
+    """What of z, both terms of the keys and the values the copy engine does not bring ahead, into two buffers each."""
+    ttgir, ptx = code.asm["ttgir"], code.asm["ptx"]
+    said = [] if "mma.sync" in ptx else ["no product is on the tensor cores"]
+    for name in ("z_tile", "k_high", "k_low", "v_tile"):
+        if not re.search(rf"%{name}\w* = ttg\.local_alloc : \(\) -> !ttg\.memdesc<2x", ttgir):
+            said.append(f"{name} has not two buffers")
+        if re.search(rf"%{name}\w* = (tt\.load|ttg\.async_copy)", ttgir):
+            said.append(f"{name} is loaded by pointers")
+    body = ttgir[ttgir.index("scf.for") :]
+    copies = body[: body.index("scf.yield")].count("ttng.async_tma_copy_global_to_local")
+    # Four for each of the first two tiles, and four in the loop.
+    started = len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.\S*mbarrier", ptx))
+    if copies != 4 or started < 12 or "mbarrier.try_wait" not in ptx:
+        said.append(f"the copy engine is asked {copies} times in the loop and {started} in all")
+    return said
 
 
 def faults(cell: Cell, code: Any) -> list[str]:

@@ -19,7 +19,7 @@ from triton.runtime import interpreter
 from foldkernels.kernels import accuracy
 from foldkernels.kernels.examples.builders import make
 from foldkernels.kernels.examples.case import Case
-from foldkernels.kernels.invariant_point_attention import _launch
+from foldkernels.kernels.invariant_point_attention import _launch, _launch_descriptors
 from foldkernels.kernels.invariant_point_attention import _tiles as tiles
 
 from .interpreted import FLOOR, allow_the_cpu, answer_questions, poison_memory, second_derivative
@@ -34,8 +34,13 @@ EXCEEDS = {torch.float32: 1.0, torch.bfloat16: 2.5, torch.float16: 2.5}
 def plan(case: Mapping[str, Any]) -> None:
     """Have the launcher run in a given way, so that few residues are several tiles."""
     wide = case["sizes"][-1] > tiles.CHUNK or case["chunks"] == 2
-    found = _launch.Plan(**{name: case[name] for name in _launch.Plan._fields[:-1]}, chunks=2 if wide else 1)
-    _launch.plans_for = lambda capability, kernel, dtype, **sizes: [found]
+    by_pointers = _launch.Plan(**{name: case[name] for name in _launch.Plan._fields[:-2]}, chunks=2 if wide else 1)
+    described = [by_pointers._replace(chunks=1, descriptors=True)] if case["descriptors"] else []
+
+    def plans(capability: Any, kernel: str, dtype: torch.dtype, **sizes: int) -> list[_launch.Plan]:
+        return [*described, by_pointers] if kernel == tiles.FORWARD else [by_pointers]
+
+    _launch.plans_for = plans
     _launch._PROGRAMS, _launch._FEWEST_BLOCKS = case["programs"], 1
 
 
@@ -87,12 +92,19 @@ def multiply_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measure(asked: dict[str, Any]) -> dict[str, Any]:
-    """Compare with the definition in float64."""
+    """Compare with the definition in float64; and how often descriptors were used."""
     with pytest.MonkeyPatch.context() as monkeypatch:
+        described, forward = [], _launch_descriptors.forward
+
+        def counted(*arguments: Any) -> Tensor:
+            described.append(1)
+            return forward(*arguments)
+
+        monkeypatch.setattr(_launch_descriptors, "forward", counted)
         # No table has a fused way for float32: there, products are exact, and the test is of the arithmetic alone.
         if not asked["fused"]:
             multiply_in_tf32(monkeypatch)
-        return compare(asked)
+        return {**compare(asked), "described": len(described)}
 
 
 def compare(asked: dict[str, Any]) -> dict[str, Any]:
@@ -145,9 +157,11 @@ class Traffic:
         builder = interpreter.InterpreterBuilder
         load, store = builder.create_masked_load, builder.create_masked_store
 
-        def reading(of: Any, pointers: Any, mask: Any, *more: Any) -> Any:
-            self.seen["read"].append(pointers.data[mask.data.astype(bool)].ravel())
-            return load(of, pointers, mask, *more)
+        def reading(of: Any, pointers: Any, mask: Any, *more: Any, **named: Any) -> Any:
+            # A descriptor's mask comes as an array.
+            here = mask if isinstance(mask, numpy.ndarray) else mask.data
+            self.seen["read"].append(pointers.data[here.astype(bool)].ravel())
+            return load(of, pointers, mask, *more, **named)
 
         def writing(of: Any, pointers: Any, value: Any, mask: Any, *more: Any) -> Any:
             self.seen["written"].append(pointers.data[mask.data.astype(bool)].ravel())
@@ -168,7 +182,7 @@ class Traffic:
 
 
 def operands(asked: Mapping[str, Any]) -> list[Any]:
-    """What the operator takes: lifted q, k, v; z; bias_weight; there; pair_mask."""
+    """What the operator takes: lifted q, k, v; z; bias_weight; there; pair_mask; points."""
     g = torch.Generator().manual_seed(0)
     n, h, d, dv, cz = asked["n"], *asked["lifted"]
     dtype = getattr(torch, asked["z"] or "float32")
@@ -176,7 +190,7 @@ def operands(asked: Mapping[str, Any]) -> list[Any]:
     z = torch.randn(2, n, n, cz, generator=g).to(dtype)
     pair_mask = torch.rand(2, n, n, generator=g) < 0.8
     pair_mask[..., 0] = True
-    return [q, k, v, z, torch.randn(h, cz, generator=g), torch.ones(2, n, dtype=torch.bool), pair_mask]
+    return [q, k, v, z, torch.randn(h, cz, generator=g), torch.ones(2, n, dtype=torch.bool), pair_mask, 3]
 
 
 def count(asked: dict[str, Any]) -> dict[str, Any]:
@@ -236,6 +250,30 @@ def compiled(asked: dict[str, Any]) -> dict[str, Any]:
     return {**found, "graphs": counter.frame_count}
 
 
+def describable(asked: dict[str, Any]) -> dict[str, Any]:
+    """Tensors that a descriptor holds, and such as it does not."""
+    z = torch.zeros(2, 3, 4, 24, dtype=torch.bfloat16)
+    wide, odd = torch.zeros(2, 3, 4, 32, dtype=torch.bfloat16), torch.zeros(2, 3, 4, 23, dtype=torch.bfloat16)
+    shifted = torch.zeros(2 * 3 * 4 * 24 + 8, dtype=torch.bfloat16)
+    one = torch.zeros(1, 3, 4, 24, dtype=torch.bfloat16)
+    cases = [
+        (z, True),
+        (wide[..., :24], True),  # rows apart
+        (wide[..., :23], True),  # channels that fill no row
+        (wide[:, :, ::2], True),
+        (shifted[8:].view_as(z), True),
+        (one.as_strided(one.shape, (7, 96, 24, 1)), True),  # one item: its stride means nothing
+        (odd, False),  # rows of 46 bytes
+        (shifted[1:-7].view_as(z), False),  # starts between
+        (z.transpose(1, 2), False),
+        (z[:1].expand(2, -1, -1, -1), False),
+        (torch.zeros(2, 3, 4, 24, 2, dtype=torch.bfloat16)[..., 0], False),  # channels apart
+        (z[:, :0], False),
+    ]
+    wrong = [i for i, (x, holds) in enumerate(cases) if _launch_descriptors.describable(x) is not holds]
+    return {"wrong": wrong, "cases": len(cases)}
+
+
 def far_apart(asked: dict[str, Any]) -> dict[str, Any]:
     """Rows of z more than 2^31 numbers apart give what they give side by side."""
     plan(asked)
@@ -252,6 +290,8 @@ def far_apart(asked: dict[str, Any]) -> dict[str, Any]:
         # It would copy all of the memory onto itself.
         monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *ignored: None)
         for name, stride in strides.items():
+            if name not in asked["axes"]:
+                continue
             reach = sum((size - 1) * step for size, step in zip(z.shape, stride, strict=True)) + 1
             far = torch.empty(reach, dtype=z.dtype).as_strided(z.shape, stride)
             far.copy_(z)
