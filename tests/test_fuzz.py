@@ -253,6 +253,8 @@ def hostile_configs() -> dict[str, str]:
         "deep": "a: " + "[" * 20_000 + "\n" + good,
         "deep braces": "a: " + "{a: " * 20_000 + "\n" + good,
         "long": "\n".join(f"a{i}: {i}" for i in range(200_000)) + "\n" + good,
+        "no such preset": good + "\nkernel: flahs\n",
+        "no such fallback": good + "\nkernel: {preset: torch, fallback: 7}\n",
         "python objects": f"a: !!python/object/apply:os.system ['touch {SMALL / 'canary'}']\n" + good,
         "python names": "a: !!python/name:os.system\n" + good,
         "python modules": "a: !!python/module:antigravity\n" + good,

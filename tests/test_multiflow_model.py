@@ -19,7 +19,6 @@ from foldkernels.compat.errors import BadInput
 from foldkernels.compat.multiflow.checkpoint import Checkpoint, read_checkpoint, write_safetensors
 from foldkernels.compat.multiflow.loading import build, load
 from foldkernels.compat.multiflow.model import FlowModel
-from foldkernels.configs.resolve import ConfigError
 from foldkernels.kernels.registry import record_kernels
 from foldkernels.modules.edge_features import EdgeFeatureNet
 from foldkernels.modules.invariant_point_attention import InvariantPointAttention
@@ -292,7 +291,7 @@ def test_weights_that_do_not_fit_are_listed_on_one_screen() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"kernel": "flahs"}, ConfigError, "did you mean 'flash'"),
+        ({"kernel": "flahs"}, BadInput, "did you mean 'flash'"),
         ({"kernel": "${no.such.key}"}, BadInput, "kernel"),
         ({"kernel": {"attention": "${no.such.key}"}}, BadInput, "kernel"),
         ({"foldkernels": {"activation_checkpoint": True}}, BadInput, "activation_checkpointing"),

@@ -67,7 +67,8 @@ def tiles_of(request: Request) -> list[list[Any]]:
         return [list(edge.tiles_for(chip, name)) for name in names]
     if request.operation == "factorized_point_attention":
         names = factorized.KERNELS if request.grad else factorized.KERNELS[:1]
-        return [list(factorized.tiles_for(chip, name, dtype)) for name in names]
+        features = 3 * dims["p"] + dims["r"]
+        return [list(factorized.tiles_for(chip, name, dtype, features)) for name in names]
     heads = min(dims["h"], ipa.heads_at_once(dims["cz"]))
     lifted, values = dims["c"] + 3 * dims["p"], dims["c"] + 3 * dims["pv"]
     sizes = {"h": heads, "cz": dims["cz"], "d": lifted, "dv": values, "points": 3 * dims["p"]}

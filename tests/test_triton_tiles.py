@@ -110,7 +110,7 @@ CELLS = [
     _points(3, 24, dtype="bfloat16", n=17, batch=2, quick=False),
     *(_edges(dtype=dtype, n=17, quick=dtype == "bfloat16") for dtype in ("bfloat16", "float32")),
     *(_factorized(140, dtype=dtype, n=67, quick=dtype == "bfloat16") for dtype in ("bfloat16", "float32")),
-    *(_triangle(d, n, dtype) for dtype, n in (("bfloat16", 131), ("float32", 35)) for d in (9, 29, 50, 101)),
+    *(_triangle(d, n, dtype) for dtype, n in (("bfloat16", 131), ("float32", 37)) for d in (9, 29, 50, 101)),
     *(Cell("attention_pair_bias", dtype, {"h": 2, "d": 24, "cz": 13}, 131, quick=dtype == "bfloat16")
       for dtype in ("bfloat16", "float32")),
 ]  # fmt: skip

@@ -23,6 +23,15 @@ def test_the_table_has_what_can_be_chosen_and_nothing_else(operation):
     assert not said, f"python -m tests.support.usage_table: {said}"
 
 
+@operations
+def test_what_was_written_down_fits(operation):
+    """The chip's shared memory, and our own limit of spills."""
+    table = read(operation)
+    written = [x for x in VARIANTS[operation] if str(x) in table]
+    said = {str(x): too_much(x, Usage(*table[str(x)]), table, table["triton"]) for x in written}
+    assert written and not any(said.values()), {name: words for name, words in said.items() if words}
+
+
 @with_triton
 @pytest.mark.parametrize(
     ("operation", "variant"),
@@ -110,11 +119,11 @@ def test_what_was_not_written_down_is_seen():
 
 
 @operations
-def test_every_chip_is_held_as_far_as_the_table_is_whole(operation):
-    """What is taken unmeasured, at least."""
+def test_every_chip_is_held_to_every_tile(operation):
+    """What the table says of itself is so, and it is whole."""
     held = read(operation)["held"]
     assert held == whole_up_to(VARIANTS[operation], read(operation))
-    assert held.keys() == {str(arch) for arch in CHIPS}
+    assert held == {str(arch): OTHERS for arch in CHIPS}
 
 
 def test_a_new_tile_or_type_is_a_new_row(monkeypatch):

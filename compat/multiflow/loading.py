@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from ...configs.options import FoldkernelsConfig
+from ...configs.resolve import ConfigError, resolve_kernel
 from ...kernels.binding import bind
 from ..errors import BadInput
 from .checkpoint import Checkpoint, fit_report, mismatch_report, read_checkpoint
@@ -59,7 +60,12 @@ def build(
     _load_weights(model, checkpoint)
     model.to(_device(device))
     model.config = checkpoint.config
-    model.kernels = bind(model, kernel, command_line=command_line, file=_section(checkpoint, "kernel"))
+    section = _section(checkpoint, "kernel")
+    try:  # by itself first: a call's or a command line's mistake is told as theirs
+        resolve_kernel(file=section, environment="")
+    except ConfigError as error:
+        raise BadInput(f"{checkpoint.source}: {error}", "correct the config's `kernel:` section.") from error
+    model.kernels = bind(model, kernel, command_line=command_line, file=section)
     return model.eval()
 
 

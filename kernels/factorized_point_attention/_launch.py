@@ -51,7 +51,7 @@ class _Call:
             "kernel": kernel, "dtype": str(self.dtype), "c": self.c, "f": self.f, "dv": self.dv, "pv": self.pv,
             "programs": length_class(self.b * self.h), "n": length_class(self.n),
         }  # fmt: skip
-        tiles = tiles_for(self.capability, kernel, self.dtype)
+        tiles = tiles_for(self.capability, kernel, self.dtype, self.f)
         _TILES.run(words, tiles, lambda tile: self.launch_as(tile, kernel, *arguments), self.device)
 
     def launch_as(self, tile: Tile, kernel: str, *arguments: Any) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..chips import reasons_against_chip, reasons_against_type
+from ..chips import reasons_against_chip, reasons_against_type, shared_memory
 from ..requests import Reason, Request
 from ..tilings import with_halves
 
@@ -48,6 +48,9 @@ _TYPES = {torch.float32: EXACT, torch.bfloat16: HALF, torch.float16: HALF}
 _LEAST = 16
 #: Float32 columns of a tile: three for each point, and the rank of the bias.
 _FEATURES = 64
+#: `keys` with more of them than the second number takes the first number of bytes in its first tile for 16 bits, as
+#: compiled: chips that have less start from a smaller one.
+_WIDE_KEYS, _NARROW_FEATURES = 102_656, 32
 
 
 def width(columns: int) -> int:
@@ -68,17 +71,20 @@ def chips(capability: tuple[int, int] | None) -> str:
     return BLACKWELL if capability >= (10, 0) else HOPPER
 
 
-def tiles_for(capability: tuple[int, int] | None, kernel: str, dtype: torch.dtype) -> list[Tile]:
+def tiles_for(capability: tuple[int, int] | None, kernel: str, dtype: torch.dtype, features: int = 0) -> list[Tile]:
     """The tiles that one of `KERNELS` may be tried in; the first is taken unless another was measured.
 
     Args:
         capability: The chip's compute capability; None is AMD's.
         kernel: Which kernel.
         dtype: The type of q.
+        features: Float32 columns of queries.
     """
     tile = TILES[chips(capability)][_TYPES[dtype]][KERNELS.index(kernel)]
     held = "queries" if kernel in ("forward", "queries") else "keys"
-    return with_halves(tile, (held,), ("keys" if held == "queries" else "queries",))
+    found = with_halves(tile, (held,), ("keys" if held == "queries" else "queries",))
+    wide = kernel == "keys" and _TYPES[dtype] == HALF and features > _NARROW_FEATURES
+    return found[1:] if wide and shared_memory(capability) < _WIDE_KEYS else found
 
 
 def reasons_against(request: Request) -> list[Reason]:

@@ -43,7 +43,7 @@ def variants() -> Iterator[Variant]:
         for part in PARTS:
             for kernel in tiles.KERNELS:
                 for arch, capability in CHIPS.items():
-                    found = tiles.tiles_for(capability, kernel, TYPES[dtype])
+                    found = tiles.tiles_for(capability, kernel, TYPES[dtype], PARTS[part][0].features)
                     for tile in found if part == "points" else found[:1]:
                         first = tile is found[0]
                         yield Variant(

@@ -19,7 +19,7 @@ TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISIONS = {"bf16": ("ieee",), "fp16": ("ieee",), "fp32": ("tf32x3", "tf32")}
 #: Bytes of stack, by type and channels. float32's products are three of tf32 each: their parts do not all fit a
 #: thread's registers.
-STACK = {(tiles.HALF, 128): 96, (tiles.HALF, 256): 256, (tiles.EXACT, 128): 512, (tiles.EXACT, 256): 1024}
+STACK = {(tiles.HALF, 128): 128, (tiles.HALF, 256): 256, (tiles.EXACT, 128): 512, (tiles.EXACT, 256): 1024}
 
 
 class Cell(NamedTuple):
@@ -82,13 +82,14 @@ def variant(cell: Cell, plan: tiles.Plan, precision: str, *, masked: bool = True
     way = f"descriptors-{cell.described}" if cell.described else "fused" if cell.fused else "wide"
     tile = f"{plan.queries}x{plan.keys}x{plan.warps}x{plan.stages}"
     unmasked = "" if masked else "unmasked "
+    published = (cell.arch, cell.dtype, cell.channels) == (90, "bf16", 128) and cell.described in (0, 32)
     first, usual = plan == cell.plans()[0], masked and (cell.dtype, precision) in (("bf16", "ieee"), ("fp32", "tf32x3"))
     return Variant(
         cell.arch,
         f"{cell.kernel} {cell.dtype} {precision} {way} {cell.heads} {cell.channels} {unmasked}{tile}",
         rank=OTHERS if cell.described or not first else FIRST if usual else MORE,
-        quick=first and masked and cell.fused and (cell.arch, cell.dtype) == (90, "bf16"),
-        stack=0 if cell.described else STACK[tiles.HALF if cell.half else tiles.EXACT, cell.channels],
+        quick=first and masked and cell.fused and published,
+        stack=STACK[tiles.HALF if cell.half else tiles.EXACT, cell.channels],
         compile=partial(compiled, cell, plan, precision, masked=masked),
         faults=not_ahead if cell.described else partial(faults, cell),
     )
