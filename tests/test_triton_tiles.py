@@ -101,6 +101,11 @@ def _factorized(c: int, **more: Any) -> Cell:
 
 
 def _triangle(d: int, n: int, dtype: str) -> Cell:
+    """Not of 35 in float32, where an entry of dk for heads of 101 has 1.002 of the error that it may have.
+
+    Weights come from a rounded log-sum-exp, which costs this entry 8.3e-6 of 4.8 (4.5e-6 at 33 and 37); what may be is
+    twice plain PyTorch's error, which happens to be half of its usual there.
+    """
     return Cell("triangle_attention", dtype, {"h": 1, "d": d}, n, quick=False)
 
 
