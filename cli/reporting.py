@@ -109,8 +109,25 @@ def _what_the_user_did(error: Exception) -> str | None:
         if loaded is not None and isinstance(error, getattr(loaded, name)):
             text = str(error)
             return f"the config does not resolve: {text.splitlines()[0]}" if module.startswith("omegaconf") else text
-    return None
+    return _what_had_no_room(error)
 
+
+def _what_had_no_room(error: Exception) -> str | None:
+    """The message where more memory was asked for than there is."""
+    if "torch" not in sys.modules:  # it would take a second to load
+        found = isinstance(error, MemoryError)
+    else:
+        from ..kernels.machine import is_out_of_memory
+
+        found = is_out_of_memory(error)
+    if not found:
+        return None
+    told = next(iter(str(error).splitlines()), "")[:300]
+    return f"there is not enough memory for this{f' ({told})' if told else ''}\n  Fix: ask for less: {_LESS}"
+
+
+#: What takes memory, whatever the command.
+_LESS = "a shorter --length, fewer steps, or smaller batches; `kernel: flash` never builds the largest tensors"
 
 _PACKAGE = __name__.rpartition(".cli.")[0]
 _USERS_ERRORS = (

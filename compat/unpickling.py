@@ -75,6 +75,11 @@ class _Source:
 _MARK = object()
 
 
+def _short(error: BaseException) -> str:
+    """The first line of an error, cut: it may quote what the file holds."""
+    return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+
+
 class Unpickler:
     """Interprets one pickle; what it cannot read as plain data it refuses.
 
@@ -135,9 +140,9 @@ class Unpickler:
         except UnpicklingError:
             raise
         except (ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, AssertionError) as error:
-            raise UnpicklingError(f"the pickle is damaged or holds something strange ({error})") from error
+            raise UnpicklingError(f"the pickle is damaged or holds something strange ({_short(error)})") from error
         except (struct.error, RuntimeError, MemoryError, RecursionError) as error:
-            raise UnpicklingError(f"the pickle cannot be read ({error})") from error
+            raise UnpicklingError(f"the pickle cannot be read ({_short(error)})") from error
         if result is _MARK:
             raise UnpicklingError("the pickle is damaged (it ends in a mark)")
         return result
@@ -193,8 +198,7 @@ class Unpickler:
         try:
             self._stack.append(function.build(*arguments))
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RefusedPickle(f"it calls {function.path!r} for {reason[:200]}", function.path) from error
+            raise RefusedPickle(f"it calls {function.path!r} for {_short(error)}", function.path) from error
 
     def _reduce(self, _: object) -> None:
         arguments, function = self._pop(), self._pop()

@@ -25,6 +25,7 @@ __all__ = [
     "fast_bfloat16",
     "fix",
     "imported",
+    "is_out_of_memory",
     "refresh",
     "usable",
 ]
@@ -171,3 +172,18 @@ MACHINES: dict[str, Machine] = {
     "cpu": Machine("a CPU with AVX2", "cpu", memory_gib=16.0, cpu_features=frozenset({"avx2"}), packages=dict(_TORCH)),
 }
 """Machines that people have, for `foldkernels explain --machine`: typical of their kind, not measured."""
+
+
+#: How PyTorch's allocators on a CPU and on MPS, and its own arithmetic of sizes, say that there is not so much memory.
+_NO_ROOM = ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc",
+            "Storage size calculation overflowed", "Invalid buffer size")  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that more memory was asked for than there is, on any device.
+
+    On a CPU, and on MPS, PyTorch raises a plain RuntimeError.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_ROOM)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import accuracy, registry
+from . import accuracy, machine, registry
 from .binding import Use
 from .examples.builders import has_example, make, sizes_of
 from .examples.case import Case
@@ -324,8 +324,7 @@ def verify(item: Item) -> Row:
                 row = replace(row, error=None, plain=None, allowed=None, why=f"{worst.name} holds NaN or infinity")
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        fix = "try a smaller --length" if memory else ""
+        fix = "try a smaller --length" if machine.is_out_of_memory(error) else ""
         row = _row(item, status="raised", why=f"{type(error).__name__}: {' '.join(lines[:3])[:400]}", fix=fix)
     return replace(row, seconds=round(time.perf_counter() - start, 3))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 import yaml
 
 from foldkernels.cli.environment import OURS
@@ -336,6 +337,14 @@ def test_a_mistake_of_ours_keeps_its_traceback(call, small, monkeypatch):
     monkeypatch.setattr("foldkernels.kernels.explanation.explain", fail)
     with pytest.raises(ZeroDivisionError):
         call("explain", small)
+
+
+@pytest.mark.parametrize("make", [lambda: torch.empty(10**15), lambda: torch.empty(1 << 62), lambda: b" " * (1 << 62)])
+def test_more_memory_than_there_is(call, small, monkeypatch, make):
+    """Not a mistake of ours, but of the sizes: as PyTorch and Python themselves say it."""
+    monkeypatch.setattr("foldkernels.kernels.explanation.explain", lambda *args, **kwargs: make())
+    done = call("explain", small)
+    assert is_one_clear_screen(done) and "not enough memory" in done.err and "Fix:" in done.err
 
 
 # The other commands ---------------------------------------------------------------------------------------------------

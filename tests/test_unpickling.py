@@ -548,6 +548,13 @@ def test_files_without_checksums(tmp_path: Path) -> None:
     assert isinstance(found, dict) and found["a"].tolist() == list(range(10))
 
 
+def test_what_is_quoted_of_a_pickle_is_short() -> None:
+    """A number of 60,000 letters that is none: the error says so in one line."""
+    with pytest.raises(unpickling.UnpicklingError, match="could not convert") as caught:
+        unpickling.loads(b"F" + b"a\\" * 30_000 + b"\n.")
+    assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
+
+
 def test_unpickling_random_opcodes_never_raises_anything_else() -> None:
     rng = random.Random(1)
     with zipfile.ZipFile(GOLDENS / CHECKPOINTS[1]) as archive:

@@ -88,7 +88,8 @@ class Worker:
         until = time.monotonic() + seconds
         while True:
             try:
-                line = self._lines.get(timeout=max(0.0, min(until, end) - time.monotonic()))
+                left = max(0.0, min(until, end) - time.monotonic())
+                line = self._lines.get(timeout=min(left, threading.TIMEOUT_MAX / 2))  # more is an error to Python
             except queue.Empty:
                 self.close()
                 if end < until:

@@ -158,6 +158,8 @@ def damaged_text(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
         return damaged(data, rng, others)
     lines = data.decode("utf-8", "replace").split("\n")
     for _ in range(rng.choice((1, 1, 2, 3))):
+        if not lines:
+            break
         at = rng.randrange(len(lines))
         key, colon, _ = lines[at].partition(":")
         wound = rng.randrange(6)
