@@ -16,7 +16,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable
 from functools import cache
-from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,6 +43,19 @@ def extras() -> set[str]:
     return {canonicalize_name(r.name) for r in named} - {canonicalize_name(r.name) for r in hard}
 
 
+def sites() -> list[str]:
+    """Where packages are installed. Not all of sys.path: a checkout that was installed keeps metadata of its own."""
+    return sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+
+
+def installed(name: str) -> Distribution:
+    """A package that is installed here."""
+    found = next(iter(distributions(name=name, path=sites())), None)
+    if found is None:
+        raise SystemExit(f"{name} is not installed here, and without it nothing can be tested")
+    return found
+
+
 def required() -> dict[str, Distribution]:
     """What is needed here, and all that it cannot do without: name to what is installed."""
     optional = extras()
@@ -55,12 +68,9 @@ def required() -> dict[str, Distribution]:
         # it can do without, and torch for a CPU does not.
         if name in found or name in optional or not (needed.marker is None or needed.marker.evaluate({"extra": ""})):
             continue
-        try:
-            found[name] = distribution(name)
-        except PackageNotFoundError as error:
-            raise SystemExit(f"{name} is not installed here, and without it nothing can be tested") from error
+        found[name] = installed(name)
         todo += found[name].requires or ()
-    found["foldkernels"] = distribution("foldkernels")
+    found["foldkernels"] = installed("foldkernels")
     return found
 
 
@@ -72,8 +82,8 @@ def make(folder: Path) -> Path:
     purelib = Path(subprocess.run([python, "-I", "-c", ask], check=True, capture_output=True, text=True).stdout.strip())
     wanted = required()
     kept = _entries(wanted.values())
-    shared = _entries(one for one in distributions() if canonicalize_name(one.name) not in wanted)
-    for site in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+    shared = _entries(one for one in distributions(path=sites()) if canonicalize_name(one.name) not in wanted)
+    for site in sites():
         _link(kept, shared, Path(site), purelib)
     for name in sorted({file for one in wanted.values() for file in _programs(one)}):
         _program(Path(name), python)
