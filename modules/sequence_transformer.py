@@ -24,7 +24,7 @@ class SelfAttention(KernelModule):
 
     def __init__(self, c: int, heads: int, dropout: float) -> None:
         super().__init__()
-        if c % heads:
+        if heads < 1 or c % heads:
             raise ValueError(f"a width of {c} cannot be shared among {heads} heads")
         self.heads, self.dropout = heads, dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * c, c))

@@ -475,6 +475,7 @@ def test_fewer_residues_than_neighbours() -> None:
         ("flash_no_bias", {"c_z": 8}, "c_z is 8 and must be 0"),
         ("orig_2d_bias", {"c_z": 0}, "c_z is 0 and must be above 0"),
         ("orig_2d_bias", {"seq_tfmr_num_heads": 3}, "does not divide"),
+        ("orig_2d_bias", {"seq_tfmr_num_heads": 0}, "does not divide"),
     ],
 )
 def test_sections_that_contradict_each_other(mode: str, changes: dict[str, Any], message: str) -> None:

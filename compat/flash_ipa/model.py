@@ -147,7 +147,7 @@ def check_model_config(model_conf: ModelConfig | Any) -> None:
     for name, value, wanted_name, wanted in equal:
         if value != wanted:
             raise BadInput(f"{name} is {value}, but {wanted_name} is {wanted}", "they must be equal.")
-    if ipa.c_s % ipa.seq_tfmr_num_heads:
+    if ipa.seq_tfmr_num_heads < 1 or ipa.c_s % ipa.seq_tfmr_num_heads:
         raise BadInput(
             f"ipa.seq_tfmr_num_heads ({ipa.seq_tfmr_num_heads}) does not divide ipa.c_s ({ipa.c_s})",
             "the heads share the width.",
