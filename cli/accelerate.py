@@ -40,7 +40,8 @@ def run(
         ),
     ] = None,
     check: Annotated[
-        str | None, typer.Option("--check", metavar="MODULE:FACTORY", help="The same, as an option.", show_default=False)
+        str | None,
+        typer.Option("--check", metavar="MODULE:FACTORY", help="The same, as an option.", show_default=False),
     ] = None,
     verify: Annotated[
         bool,

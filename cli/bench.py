@@ -76,8 +76,8 @@ def run(
         typer.Option(
             "--dtype",
             metavar="TYPE[,TYPE]",
-            help="float32, bfloat16 or float64 (also fp32, bf16, fp64); models run in bfloat16 under autocast.  [default: float32; on CUDA "
-            "bfloat16,float32]",
+            help="float32, bfloat16 or float64 (also fp32, bf16, fp64); models run in bfloat16 under autocast.  "
+            "[default: float32; on CUDA bfloat16,float32]",
         ),
     ] = None,
     kernel: Annotated[

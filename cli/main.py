@@ -51,7 +51,7 @@ def _common(
     pass
 
 
-#: Base of what typer raises for a word that it cannot read. It is click's, of which newer versions of typer hold a copy.
+#: Base of what typer raises for a word that it cannot read: click's, of which newer versions of typer hold a copy.
 _USAGE_ERROR: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "UsageError")
 
 
