@@ -56,6 +56,8 @@ EXTRAS = {
     # Apart from the others: it is built from source, and the build imports torch (`pip install --no-build-isolation`).
     "flash": ["flash-attn>=2.8; sys_platform == 'linux'"],
     "esm": ["fair-esm"],
+    # Asks for an OmegaConf below 2.4 as of 1.3.8, though it runs with 2.4: pip takes 2.3 beside it.
+    "hydra": ["hydra-core>=1.3"],
     "train": TRAIN,
     "docs": DOCS,
     "plots": PLOTS,
