@@ -1,4 +1,4 @@
-"""Writes docs/versions.md from docs/versions.json, which `make test-versions` fills: `python docs/write_versions.py`."""
+"""Writes docs/versions.md from docs/versions.json (`make test-versions` fills it): `python docs/write_versions.py`."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def attention_pair_bias(
         q,
         length=m,
         dims={"h": h, "d": d},
-        grad=any_requires_grad(q, k, v, bias, z, *(projection[:3] if projection is not None else ())),
+        grad=any_requires_grad(q, k, v, bias, z, *(list(projection)[:3] if projection is not None else ())),
         config=config,
         options=("cross",) if n != m else (),
     )
