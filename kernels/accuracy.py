@@ -4,7 +4,7 @@ A kernel passes when its error is at most twice the error that plain PyTorch mak
 inputs, plus a floor. Outputs are judged, and every gradient.
 
 Plain PyTorch is the definition. In float32 and float64 it runs in the type of its inputs. In 16 bits the result of each
-of its operators is rounded (`RoundedOperators`), as in a model that is held in that type; coordinates, and what is
+of its operators is rounded (`rounded_operators`), as in a model that is held in that type; coordinates, and what is
 computed from them, stay in float32, as the operations promise.
 """
 
@@ -23,7 +23,7 @@ from .examples.case import Case
 from .examples.draws import Draws
 from .examples.layouts import stored
 from .requests import Dims, Reason, Request
-from .testing.rounded_operators import RoundedOperators
+from .testing.rounded_operators import plain_pytorch
 
 #: What a kernel's error may be, beyond twice that of plain PyTorch, as a part of the largest value.
 FLOOR = {torch.float64: 1e-11, torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
@@ -248,14 +248,13 @@ def run(
         leaves[name], x[name] = leaf, view(leaf)
     before = {name: leaf.detach().clone() for name, leaf in leaves.items()}
     torch.manual_seed(0)
-    rounding_operators = RoundedOperators(dtype) if rounded else None
-    if rounding_operators is not None:
-        rounding_operators.keep(*(leaf for name, leaf in leaves.items() if name in case.points))
+    coordinates = [leaf for name, leaf in leaves.items() if name in case.points]
+    operators = plain_pytorch(dtype, coordinates) if rounded else nullcontext()
     with (
         torch.set_grad_enabled(backward),
         required(case.operation, kernel, **(settings or {})) as config,
         registry.record_kernels() as ran,
-        rounding_operators or nullcontext(),
+        operators,
     ):
         outputs = case.call(x, config)
     if ran != [f"{case.operation}: {kernel}"]:
@@ -267,9 +266,7 @@ def run(
         shapes = [(out.shape, out.dtype) for out in outputs]
         drawn = [[ct * scale for ct in cotangents(shapes, variant, dtype)] for scale in (1.0, *scales)]
         each = [[ct.to(out.dtype).to(device) for ct, out in zip(some, outputs, strict=True)] for some in drawn]
-        if rounding_operators is not None:  # what comes back to coordinates is as wide as they are
-            rounding_operators.keep(*(ct for some in each for ct in some if ct.dtype is torch.float32))
-        with rounding_operators or nullcontext():
+        with operators:
             for asked in each:
                 found = torch.autograd.grad(outputs, list(wanted.values()), asked, retain_graph=len(each) > 1)
                 rescaled.append(dict(zip(wanted, found, strict=True)))

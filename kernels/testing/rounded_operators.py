@@ -6,6 +6,7 @@ gradient in bfloat16, a GPU's does not). Here the same program runs in float32, 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -97,6 +98,20 @@ class RoundedOperators(TorchDispatchMode):
         """The type of an operator's result. As in PyTorch, a number promotes no tensor."""
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         return max((self._kind(x) for x in ([x for x in tensors if x.ndim] or tensors)), default=_CONSTANT)
+
+
+def plain_pytorch(dtype: torch.dtype, coordinates: Iterable[Tensor] = ()) -> AbstractContextManager[object]:
+    """Run the definition inside as plain PyTorch computes it at `dtype`: as it stands, or rounded where that has 16 bits.
+
+    Args:
+        dtype: The type of the data; under autocast, autocast's.
+        coordinates: The tensors that are float32 by contract.
+    """
+    if dtype.itemsize != 2:
+        return nullcontext()
+    rounding = RoundedOperators(dtype)
+    rounding.keep(*coordinates)
+    return rounding
 
 
 def _storage(x: Tensor) -> tuple[torch.device, int]:
