@@ -168,11 +168,11 @@ def test_blocks_of_uneven_size(operation, kernel, dtype, variant, rows, monkeypa
     n = 7
     case, size = case_for(operation, kernel, n, variant, dtype, "cpu")
     truth, plain = truth_and_plain(operation, n, variant, size, dtype, "cpu")
-    _shrink_blocks(monkeypatch, n, rows)
+    shrink_blocks(monkeypatch, n, rows)
     assert_all_as_good(run(case, kernel, dtype, variant=variant), plain, truth, dtype)
 
 
-def _shrink_blocks(monkeypatch: pytest.MonkeyPatch, n: int, rows: int) -> None:
+def shrink_blocks(monkeypatch: pytest.MonkeyPatch, n: int, rows: int) -> None:
     threads = torch.get_num_threads()
     pairs = -(-rows * n // threads)
     monkeypatch.setattr(blocks, "_PAIRS_PER_THREAD", dict.fromkeys((torch.float32, torch.float64), pairs))

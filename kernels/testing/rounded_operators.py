@@ -21,8 +21,8 @@ _PRODUCTS = frozenset(
 )
 #: Operators whose first result alone has the type of the data: LayerNorm's mean and deviation stay in float32.
 _WITH_STATISTICS = frozenset({_ATEN.native_layer_norm})
-#: The type that a float32 tensor stands for. A constant (a mask, a one-hot row, a weight that autocast would cast) takes
-#: the type of what it meets.
+#: The type that a float32 tensor stands for. A constant (a mask, a one-hot row, a weight that autocast would cast)
+#: takes the type of what it meets.
 _CONSTANT, _NARROW, _WIDE = range(3)
 
 
@@ -101,7 +101,7 @@ class RoundedOperators(TorchDispatchMode):
 
 
 def plain_pytorch(dtype: torch.dtype, coordinates: Iterable[Tensor] = ()) -> AbstractContextManager[object]:
-    """Run the definition inside as plain PyTorch computes it at `dtype`: as it stands, or rounded where that has 16 bits.
+    """Compute what stands inside as plain PyTorch does at `dtype`: as it stands, or rounded where that has 16 bits.
 
     Args:
         dtype: The type of the data; under autocast, autocast's.
