@@ -1,4 +1,4 @@
-"""Both ways to multiply 16-bit data, on any machine: in 16 bits, as processors with instructions for it, and in float32.
+"""Both ways to multiply 16-bit data on any machine: in 16 bits, where processors are fast at that, and in float32.
 
 What the rest of the tests runs is this machine's own way. Here the other one is forced: a sample in `make test`, all of
 the contract, the draws, `verify` and the goldens in `make test-all`.
@@ -120,9 +120,8 @@ def multiflow(name: str, kernel: str) -> tuple[Mapping[str, Tensor], Mapping[str
     there = batch["res_mask"] > 0.5
     out = model_of(name.split("/")[0], kernel)(batch)
     names = ("pred_trans", "pred_rotmats", "pred_logits")
-    return {x: out[x][there] for x in names}, {
-        x: (golden[f"out.{x}"].double() + golden[f"d64.{x}"])[there] for x in names
-    }
+    truth = {x: golden[f"out.{x}"].double() + golden[f"d64.{x}"] for x in names}
+    return {x: out[x][there] for x in names}, {x: truth[x][there] for x in names}
 
 
 def boltz_module(name: str, kernel: str) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:

@@ -41,7 +41,8 @@ def test_elementwise_operators_are_pytorchs_own(dtype):
     assert torch.equal(ours, out.float())
     for gradient, expected in zip(found, gradients, strict=True):
         # PyTorch's own float16 rounds once more inside of the sigmoid's backward.
-        torch.testing.assert_close(gradient, expected, rtol=0.0 if dtype is BF16 else torch.finfo(F16).eps, atol=0.0)
+        eps = 0.0 if dtype is BF16 else torch.finfo(F16).eps
+        torch.testing.assert_close(gradient, expected, rtol=eps, atol=eps)
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
