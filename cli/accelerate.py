@@ -22,24 +22,27 @@ NAME = "accelerate"
 SUMMARY = "What accelerate() would replace in a model of yours."
 EXAMPLES = """\b
 Examples:
-  foldkernels accelerate --check mypackage.models:build_model
-  foldkernels accelerate --check scripts/model.py:make --verify
-  foldkernels accelerate --check mypackage.models:build_model --kernel flash --json
+  foldkernels accelerate mypackage.models:build_model
+  foldkernels accelerate scripts/model.py:make --verify
+  foldkernels accelerate mypackage.models:build_model --kernel flash --json
 """
 
 
 @reported
 def run(
-    check: Annotated[
-        str,
-        typer.Option(
-            "--check",
+    model: Annotated[
+        str | None,
+        typer.Argument(
             metavar="MODULE:FACTORY",
             help="Where the model comes from: a module (or a .py file), and in it a function or class that makes the "
             "model without arguments, or the model itself. It is imported and run.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    check: Annotated[
+        str | None,
+        typer.Option("--check", metavar="MODULE:FACTORY", help="The same, as an option.", show_default=False),
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option("--verify", help="Also run each replaced module beside its own forward, on random inputs."),
@@ -55,16 +58,20 @@ def run(
     Exit code 1 if nothing is accelerated, or a module that --verify tried differs from its own forward; 2 if the model
     cannot be made, or a kernel that is required cannot run.
     """
+    address = model or check
+    if address is None or (model and check and model != check):
+        raise typer.BadParameter("name one model, as MODULE:FACTORY", param_hint="MODULE:FACTORY")
+
     import torch
 
     from ..compat.accelerate import accelerate
 
     torch.manual_seed(seed)
     with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no part of the report
-        model = make(check)
+        users = make(address)
     if device is not None:
-        model = model.to(device)
-    report = accelerate(model, verify=verify, command_line=kernel or ())
+        users = users.to(device)
+    report = accelerate(users, verify=verify, command_line=kernel or ())
     if json:
         print_json(report.as_dict())
     else:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Debug, Device, Json, best_device, check_known, lengths_option, split, whole_numbers
+from .options import Debug, Device, Json, best_device, check_known, lengths_option, precisions, split, whole_numbers
 from .reporting import print_json, reported
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def run(
         typer.Option(
             "--dtype",
             metavar="TYPE[,TYPE]",
-            help="float32, bfloat16 or float64; models run in bfloat16 under autocast.  [default: float32; on CUDA "
-            "bfloat16,float32]",
+            help="float32, bfloat16 or float64 (also fp32, bf16, fp64); models run in bfloat16 under autocast.  "
+            "[default: float32; on CUDA bfloat16,float32]",
         ),
     ] = None,
     kernel: Annotated[
@@ -156,7 +156,7 @@ def run(
 
         raise BadInput("foldkernels bench runs on Linux and macOS")
     wanted = _plan(
-        operations or [], model or [], inputs, whole_numbers(length, "--length"), mode, split(dtype), split(kernel),
+        operations or [], model or [], inputs, whole_numbers(length, "--length"), mode, dtype, split(kernel),
         baseline, device, threads, rounds, memory, budget, seed,
     )  # fmt: skip
     _measure(wanted, _folder(out, overwrite), json)
@@ -171,7 +171,7 @@ def _plan(
     inputs: str | None,
     lengths: list[int],
     mode: Mode,
-    dtypes: list[str],
+    dtype: list[str] | None,
     words: list[str],
     baseline: str,
     device: str | None,
@@ -196,7 +196,7 @@ def _plan(
     paths = [name for name in operations if name not in known and (Path(name).suffix or "/" in name or ":" in name)]
     operations, models = [name for name in operations if name not in paths], [*models, *paths]
     check_known(operations, known, "operation", "OPERATION")
-    check_known(dtypes, DTYPES, "type", "--dtype")
+    dtypes = precisions(dtype, DTYPES, "--dtype")
     where = device or best_device()
     kind = where.partition(":")[0]
     if kind not in plan.LENGTHS:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Debug, Device, Json, Kernel, check_known
+from .options import Debug, Device, Json, Kernel, check_known, lengths_option, whole_numbers
 from .reporting import print_json, reported
 
 if TYPE_CHECKING:
@@ -35,9 +35,7 @@ def run(
             show_default=False,
         ),
     ],
-    length: Annotated[
-        int | None, typer.Option("--length", "-l", min=1, help="Number of residues.  [default: any]")
-    ] = None,
+    length: Annotated[list[str] | None, lengths_option("any")] = None,
     machine: Annotated[
         str | None,
         typer.Option(
@@ -53,6 +51,8 @@ def run(
 
     Nothing is computed. Exit code 2 if the model could not run so: a kernel that is required cannot run there.
     """
+    lengths: list[int | None] = [*dict.fromkeys(whole_numbers(length, "--length"))] or [None]
+
     from ..kernels.machine import MACHINES
 
     if machine is not None:
@@ -61,12 +61,16 @@ def run(
     from ..kernels.explanation import explain
 
     empty, file = empty_model(model)
-    explanation = explain(empty, machine=machine, device=device, length=length, command_line=kernel or (), file=file)
+    explanations = [
+        explain(empty, machine=machine, device=device, length=residues, command_line=kernel or (), file=file)
+        for residues in lengths
+    ]
     if json:
-        print_json(explanation.as_dict())
+        reports = [explanation.as_dict() for explanation in explanations]
+        print_json(reports[0] if len(reports) == 1 else reports)
     else:
-        print(explanation)
-    if not explanation.runs:
+        print("\n\n".join(map(str, explanations)))
+    if not all(explanation.runs for explanation in explanations):
         raise typer.Exit(2)
 
 

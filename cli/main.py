@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,6 +51,22 @@ def _common(
     pass
 
 
+#: Base of what typer raises for a word that it cannot read: click's, of which newer versions of typer hold a copy.
+_USAGE_ERROR: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "UsageError")
+
+
+def _usage(error: Any) -> str:
+    """An error of the command line itself, in the style of all others, and where the help is."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # no error: the help is what was asked for
+        return error.ctx.get_help()
+    text = error.format_message().strip()
+    text = text[:1].lower() + text[1:] if not text[:2].isupper() else text
+    lines = [f"error: {text.rstrip('.')}"]
+    if error.ctx is not None:
+        lines.append(f"  Fix: {error.ctx.command_path} --help shows what there is")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -61,7 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="foldkernels")
+        done = app(args=None if arguments is None else list(arguments), prog_name="foldkernels", standalone_mode=False)
+    except _USAGE_ERROR as error:
+        print(_usage(error), file=sys.stderr)
+        return 2
+    except typer.Abort:
+        return 130
     except KeyboardInterrupt:  # before or after the sub-command, which sees to its own
         return 130
     except SystemExit as stop:
@@ -69,4 +90,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(stop.code, file=sys.stderr)
             return 1
         return int(stop.code or 0)
-    return 0
+    return done if isinstance(done, int) else 0

@@ -7,13 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from ..configs.presets import PRESETS
+
 Kernel = Annotated[
     list[str] | None,
     typer.Option(
         "--kernel",
         "-k",
         metavar="WORD",
-        help="A preset (auto, reference, torch, flash), or OPERATION=KERNEL to require one kernel; repeatable. "
+        help=f"A preset ({', '.join(PRESETS)}), or OPERATION=KERNEL to require one kernel; repeatable. "
         "Overrides FOLDKERNELS_KERNEL and the file's `kernel:` section.",
     ),
 ]
@@ -53,6 +55,24 @@ def whole_numbers(values: Iterable[str] | None, option: str) -> list[int]:
             raise typer.BadParameter(f"{part!r} is no whole number of at least 1", param_hint=option)
         numbers.append(int(part))
     return numbers
+
+
+def precisions(values: Iterable[str] | None, known: Collection[str], option: str) -> list[str]:
+    """Number formats named by a repeatable option, in full: `bf16` is bfloat16.
+
+    Args:
+        values: The option's values, which commas may separate.
+        known: Formats that the command takes.
+        option: The option's name, for the error.
+
+    Raises:
+        BadParameter: One is not known, with the nearest that is.
+    """
+    from ..configs.kernel import PRECISION_ALIASES
+
+    names = [PRECISION_ALIASES.get(value, value) for value in split(values)]
+    check_known(names, known, "precision", option)
+    return names
 
 
 def check_known(words: Iterable[str], known: Collection[str], what: str, option: str) -> None:

@@ -64,6 +64,14 @@ def run(
             "--seed", min=0, help="Weights, noise and the order of the data follow from it.  [default: the config's]"
         ),
     ] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(
+            "--validation",
+            metavar="DIR",
+            help="A folder of structures to validate on after each epoch.  [default: the config's data.validation]",
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT/last.ckpt.")] = False,
     checkpoint_minutes: Annotated[
         float, typer.Option("--checkpoint-minutes", min=0.0, help="How far OUT/last.ckpt may be behind.")
@@ -82,14 +90,11 @@ def run(
     from ..configs.resolve import resolve_kernel
 
     resolve_kernel(command_line=kernel or ())
+    _check_paths(config, data, validation, out, resume=resume, needs_out=not check_data)
     if check_data:
         _check_data(config, data, json)
         return
-    if out is None:
-        from ..compat.errors import BadInput
-
-        raise BadInput("--out is needed: the folder to write to")
-
+    assert out is not None  # seen to above
     from ..compat.multiflow.training import LossNotFinite, train
 
     try:
@@ -101,6 +106,7 @@ def run(
             seed=seed,
             device=device,
             command_line=kernel or (),
+            validation=validation,
             resume=resume,
             checkpoint_seconds=60 * checkpoint_minutes,
             arguments={"config": str(config), "kernel": list(kernel or ()), "device": device},
@@ -118,6 +124,34 @@ def run(
         print_json(report)
     else:
         print(_text(report))
+
+
+def _check_paths(
+    config: Path, data: Path, validation: Path | None, out: Path | None, *, resume: bool, needs_out: bool
+) -> None:
+    """Refuse paths that lead nowhere, before torch is imported, which takes seconds.
+
+    Raises:
+        BadInput: The first of them.
+    """
+    from ..compat.errors import BadInput
+
+    if not config.is_file():
+        raise BadInput(f"{config}: there is no such file", "name the training config, a YAML file.")
+    for folder in (data, validation):
+        if folder is not None and not folder.is_dir():
+            raise BadInput(f"{folder}: no such folder", "name a folder of PDB or mmCIF files.")
+    if not needs_out:
+        return
+    if out is None:
+        raise BadInput("--out is needed: the folder to write to")
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out} is a file, not a folder to write checkpoints to")
+    last = out / "last.ckpt"
+    if resume and not last.is_file():
+        raise BadInput(f"{out}: there is no last.ckpt to resume", "leave out --resume to begin.")
+    if not resume and last.exists():
+        raise BadInput(f"{out} holds a run already", "--resume goes on with it; or choose another folder.")
 
 
 def _check_data(config: Path, folder: Path, json: bool) -> None:
@@ -142,6 +176,7 @@ def _report(done: TrainingRun) -> dict[str, Any]:
     return {
         "out": str(done.out),
         "steps": done.step,
+        "resumed_at": done.resumed_at,
         "seconds": round(done.seconds, 3),
         "last": dict(done.last),
         "device": done.device,
@@ -152,8 +187,12 @@ def _report(done: TrainingRun) -> dict[str, Any]:
 
 def _text(report: dict[str, Any]) -> str:
     last = report["last"]
+    first, steps = report["resumed_at"] + 1, report["steps"]
+    if first > steps:
+        return f"nothing to do: {report['out']} has taken {steps} step(s) already; a higher --steps goes on"
     losses = ", ".join(f"{name} {last[name]:.4f}" for name in last if name.endswith("_loss"))
-    lines = [f"{report['steps']} step(s), {report['seconds']:.1f} s; the checkpoint: {report['out']}/last.ckpt"]
+    taken = f"{steps} step(s)" if first == 1 else f"steps {first} to {steps}" if first < steps else f"step {steps}"
+    lines = [f"{taken}, {report['seconds']:.1f} s; the checkpoint: {report['out']}/last.ckpt"]
     lines += [f"the last step: {losses}"] if losses else []
     lines += ["kernels that ran:", *(f"  {name}" for name in report["kernels"])] if report["kernels"] else []
     lines.append(f"losses: {report['out']}/losses.csv; the run: {report['out']}/run.json")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Debug, Device, Json, best_device, check_known, lengths_option, split, whole_numbers
+from .options import Debug, Device, Json, best_device, check_known, lengths_option, precisions, split, whole_numbers
 from .reporting import print_json, reported
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def run(
             "--precision",
             "-p",
             metavar="WORD[,WORD...]",
-            help="float32, tf32 or bfloat16.  [default: bfloat16,float32]",
+            help="float32, tf32 or bfloat16 (also fp32, bf16).  [default: bfloat16,float32]",
         ),
     ] = None,
     mode: Annotated[Passes, typer.Option("--mode", help="Without the backward pass, or with it.")] = Passes.BOTH,
@@ -116,12 +116,12 @@ def run(
     where = device or best_device()
     subjects, config = _subjects(model, _operations([*split(operation), *([] if operation else words)]), kernel)
     _require(subjects, config, where)
-    precisions = _precisions(split(precision) or ["bfloat16", "float32"])
+    named = precisions(precision, PRECISIONS, "--precision") or ["bfloat16", "float32"]
     lengths = whole_numbers(length, "--length") or list(LENGTHS)
     tuned: list[tuple[str, Tuned]] = []
     skipped: list[dict[str, Any]] = []
     try:
-        for subject, name, word, why in _jobs(subjects, config, precisions, where, mode is Passes.BOTH):
+        for subject, name, word, why in _jobs(subjects, config, list(dict.fromkeys(named)), where, mode is Passes.BOTH):
             if why:
                 skipped += [_skipped(subject.operation, name, word, reason) for reason in why]
                 continue
@@ -153,11 +153,6 @@ def _operations(names: list[str]) -> list[str]:
 
     check_known(names, sorted(operations()), "operation", "--operation")
     return names
-
-
-def _precisions(names: list[str]) -> list[str]:
-    check_known(names, PRECISIONS, "precision", "--precision")
-    return list(dict.fromkeys(names))
 
 
 def _subjects(model: Path | None, names: list[str], kernel: list[str] | None) -> tuple[list[Subject], KernelConfig]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Debug, Device, Imports, Json, best_device, split
+from .options import Debug, Device, Imports, Json, best_device, lengths_option, precisions, split, whole_numbers
 from .reporting import print_json, reported
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run(
             show_default=False,
         ),
     ] = None,
-    length: Annotated[int, typer.Option("--length", "-l", min=1, help="Residues.")] = 64,
+    length: Annotated[list[str] | None, lengths_option("64")] = None,
     operation: Annotated[
         list[str] | None, typer.Option("--operation", "-o", metavar="NAME", help="Only this operation; repeatable.")
     ] = None,
@@ -56,8 +56,8 @@ def run(
             "--precision",
             "-p",
             metavar="NAME",
-            help="float32, tf32 (on NVIDIA GPUs), bfloat16, float16 or float64; repeatable.  "
-            "[default: float32,bfloat16]",
+            help="float32, tf32 (on NVIDIA GPUs), bfloat16, float16 or float64 (also fp32, bf16, fp16, fp64); "
+            "repeatable.  [default: float32,bfloat16]",
         ),
     ] = None,
     presets: Annotated[
@@ -80,23 +80,29 @@ def run(
     for module in imports or ():
         _imported(module)
     where = device or best_device()
+    lengths = list(dict.fromkeys(whole_numbers(length, "--length"))) or [64]
+    named = precisions(precision, _precisions(), "--precision") or ["float32", "bfloat16"]
     subjects, whole = _subjects(model, where)
-    report = examine(
-        subjects,
-        device=where,
-        length=length,
-        operations=_known(operation, "--operation", sorted({subject.operation for subject in subjects})),
-        kernels=_known(kernel_name, "--kernel-name", _kernel_names()),
-        precisions=_known(precision, "--precision", _precisions()) or ["float32", "bfloat16"],
-        seed=seed,
-        # Whoever asks for one operation does not ask for the model.
-        checkpoint=whole if presets and not operation and not kernel_name else None,
-    )
+    reports = []
+    for residues in lengths:
+        reports.append(
+            examine(
+                subjects,
+                device=where,
+                length=residues,
+                operations=_known(operation, "--operation", sorted({subject.operation for subject in subjects})),
+                kernels=_known(kernel_name, "--kernel-name", _kernel_names()),
+                precisions=named,
+                seed=seed,
+                # Whoever asks for one operation does not ask for the model.
+                checkpoint=whole if presets and not operation and not kernel_name else None,
+            )
+        )
+        if not json:
+            print(as_text(reports[-1]), flush=True)
     if json:
-        print_json(report)
-    else:
-        print(as_text(report))
-    if not report["passed"]:
+        print_json(reports[0] if len(reports) == 1 else reports)
+    if not all(report["passed"] for report in reports):
         raise typer.Exit(1)
 
 
@@ -240,7 +246,7 @@ def _made(address: str) -> nn.Module:
     if not users_of(found):
         accelerate(found, {"fallback": "silent"})
     if not users_of(found):
-        hint = f"foldkernels accelerate --check {address} says what was looked for"
+        hint = f"foldkernels accelerate {address} says what was looked for"
         raise BadInput(f"{address}: nothing in this model calls a kernel of foldkernels, or can be made to", hint)
     return found
 

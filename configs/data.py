@@ -126,6 +126,11 @@ class DataConfig(Section):
     )
     sampler: SamplerConfig = SamplerConfig()
     loader: LoaderConfig = LoaderConfig()
+    validation: str | None = Field(
+        default=None,
+        description="Folder of structures that are validated on and never trained on: `valid/loss` after each epoch. "
+        "`trainer.val_check_interval` and Lightning's other settings choose when.",
+    )
     cache: str = Field(
         default="auto",
         description="Folder where what was read is kept. `auto`: `structures` in FOLDKERNELS_CACHE, or in the user's "

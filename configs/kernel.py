@@ -11,6 +11,9 @@ from .presets import OPERATIONS, PRESETS
 Fallback = Literal["warn", "error", "silent"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 
+#: Short names of number formats, accepted wherever a precision is named.
+PRECISION_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp64": "float64"}
+
 
 def did_you_mean(word: str, known: list[str]) -> str:
     """The tail of an error about an unknown word: the nearest known one if there is one, and all of them."""
@@ -100,4 +103,7 @@ def expand(value: Any) -> Any:
     for key in value:
         if key not in KernelConfig.model_fields:
             raise ValueError(f"`kernel` has no key {key!r}" + did_you_mean(str(key), list(KernelConfig.model_fields)))
-    return dict(value)
+    values = dict(value)
+    if "precision" in values:
+        values["precision"] = PRECISION_ALIASES.get(str(values["precision"]), values["precision"])
+    return values

@@ -15,8 +15,10 @@ import pytest
 import torch
 import yaml
 
+from foldkernels.cli import options
 from foldkernels.cli.environment import OURS
 from foldkernels.cli.main import main
+from foldkernels.configs.presets import PRESETS
 from foldkernels.kernels import registry
 from foldkernels.kernels.requests import Kernel, Reason, serves_everything
 
@@ -256,7 +258,7 @@ def test_nan_among_the_coordinates(call, small, goldens, tmp_path):
         ("flahs", "did you mean 'flash'?"),
         ("atention=torch", "did you mean 'attention'?"),
         ("attention=tocrh", "did you mean 'torch'?"),
-        ("precision=bf16", "precision"),
+        ("precision=bf17", "precision"),
         ("attention=flash_attn", "flash_attn cannot"),
     ],
 )
@@ -470,3 +472,37 @@ def test_every_environment_variable_is_known(root):
         for file in (root / room).rglob("*.py"):
             used |= set(re.findall(r"\bFOLDKERNELS_[A-Z_]*[A-Z]\b", file.read_text(encoding="utf-8")))
     assert used == set(OURS)
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("smaple",), "error: no such command 'smaple'. Did you mean 'sample'?\n  Fix: foldkernels --help"),
+        (("sample", "--lenght", 5), "error: no such option: --lenght (Possible options: --length)\n  Fix: foldkernels"),
+        (("explain", "w", "--length", "x"), "error: invalid value for --length: 'x' is no whole number"),
+        (("verify", "--precision", "bf17"), "error: invalid value for --precision: no precision 'bf17'; did you mean"),
+    ],
+)
+def test_errors_of_the_command_line_are_in_one_style(call, words, error):
+    done = call(*words)
+    assert done.code == 2 and not done.out and done.err.startswith(error), done.err
+
+
+def test_short_names_of_number_formats(call, small):
+    for name in ("bf16", "bfloat16"):
+        report = json.loads(call("explain", small, "--kernel", f"precision={name}", "--json").out)
+        assert [each["config"]["precision"] for each in report["configurations"]] == ["bfloat16"]
+    names = options.precisions(["bf16,fp32", "half"], ["float32", "bfloat16", "float16"], "--precision")
+    assert names == ["bfloat16", "float32", "float16"]
+
+
+def test_explain_takes_a_list_of_lengths(call, small):
+    reports = json.loads(call("explain", small, "--length", "16,300", "--json").out)
+    assert [report["length"] for report in reports] == [16, 300]
+    text = call("explain", small, "--length", "16,300").out
+    assert "16 residues" in text and "300 residues" in text
+
+
+def test_the_help_names_every_preset(call):
+    text = " ".join(call("explain", "--help").out.split())
+    assert f"A preset ({', '.join(PRESETS)})" in text

@@ -294,7 +294,7 @@ class OwnModel(ModelSubject):
     """A user's own model.
 
     Args:
-        address: `module:factory`, as `foldkernels accelerate --check` takes it.
+        address: `module:factory`, as `foldkernels accelerate` takes it.
         inputs: `module:function`: called with a length, it gives the model's arguments: a tuple of them, a mapping of
             keyword arguments, or the only one.
     """

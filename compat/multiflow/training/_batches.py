@@ -53,20 +53,28 @@ class TrainingData(lightning.LightningDataModule):
     Args:
         make: Makes them, once the rank is known.
         module: What is trained: it knows how many batches it has had.
+        validation: Makes the batches that are validated on, if any.
     """
 
-    def __init__(self, make: MakeBatches, module: TrainingModule) -> None:
+    def __init__(self, make: MakeBatches, module: TrainingModule, validation: MakeBatches | None = None) -> None:
         super().__init__()
-        self._make, self._module = make, module
+        self._make, self._module, self._validation = make, module, validation
 
     def train_dataloader(self) -> Batches:
         """The batches of this process, from where the run stands."""
+        return self._loader(self._make, lambda: self._module.batches_seen)
+
+    def val_dataloader(self) -> Batches | list[Any]:
+        """The batches that this process validates on: the same each time; none by default."""
+        return [] if self._validation is None else self._loader(self._validation, lambda: 0)
+
+    def _loader(self, make: MakeBatches, seen: Callable[[], int]) -> Batches:
         trainer: Any = self.trainer
-        loader = self._make(self._module.config.experiment.seed, trainer.global_rank, trainer.world_size)
+        loader = make(self._module.config.experiment.seed, trainer.global_rank, trainer.world_size)
         workers: dict[str, Any] = {}
         if loader.num_workers:
             workers = {"prefetch_factor": loader.prefetch_factor, "persistent_workers": True}
-        sampler: Any = ContinuedBatches(loader.batch_sampler, lambda: self._module.batches_seen)  # type: ignore[arg-type]
+        sampler: Any = ContinuedBatches(loader.batch_sampler, seen)  # type: ignore[arg-type]
         return DataLoader(
             loader.dataset,
             batch_sampler=sampler,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import datetime
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -143,11 +145,20 @@ class LossTable(lightning.Callback):
         if self._line_every is not None and now - self._said >= self._line_every:
             self._said = now
             rate = (self._step - self._first) / (now - self._started)
-            print(f"step {self._step}: loss {mean['train_loss']:.4f}, {rate:.2f} steps/s", file=sys.stderr, flush=True)
+            print(self._line(trainer, mean["train_loss"], rate), file=sys.stderr, flush=True)
+
+    def _line(self, trainer: lightning.Trainer, loss: float, rate: float) -> str:
+        """The step, of how many, the loss, the time a step and the time left."""
+        total = trainer.estimated_stepping_batches
+        if math.isinf(total):
+            return f"step {self._step}: loss {loss:.4f}, {1 / rate:.2f} s/step"
+        left = datetime.timedelta(seconds=round((total - self._step) / rate))
+        return f"step {self._step} of {int(total)}: loss {loss:.4f}, {1 / rate:.2f} s/step, {left} left"
 
 
 def _numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    return {name: float(metrics[f"train/{name}"]) for name in (*_LOSSES, "length", "batch_size")}
+    names = {name: f"train/{name}" for name in (*_LOSSES, "length", "batch_size")} | {"train_loss": "train/loss"}
+    return {name: float(metrics[logged]) for name, logged in names.items()}
 
 
 def _short(value: float) -> str:

@@ -14,10 +14,13 @@ from ..model import FlowModel
 from .corruption import corrupt_batch
 from .objective import losses
 from .run_config import read_run_config
+from .schedules import learning_rate_schedule
 from .seeding import seed_batch
 from .self_conditioning import self_condition
 
 _STATE = "foldkernels"
+#: Number of the first batch of a validation, where its noise is drawn from the batch's number: no training gets there.
+_VALIDATION = 1 << 40
 
 
 class TrainingModule(lightning.LightningModule):
@@ -61,12 +64,18 @@ class TrainingModule(lightning.LightningModule):
         self.model.kernels = bind(self.model, kernel, command_line=command_line, file=self.config.kernel)
         self.batches_seen = 0
         self._self_conditioned = False
+        self._validated = 0
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Noises the batch while it is on the CPU, where nothing waits for it."""
-        if not self.trainer.training:
+        seed = self.config.experiment.seed
+        if self.trainer.validating or self.trainer.sanity_checking:
+            self._self_conditioned = seed_batch(seed, _VALIDATION + self._validated, self.global_rank)
+            self._validated += 1
+        elif self.trainer.training:
+            self._self_conditioned = seed_batch(seed, self.batches_seen, self.global_rank)
+        else:
             return batch
-        self._self_conditioned = seed_batch(self.config.experiment.seed, self.batches_seen, self.global_rank)
         return corrupt_batch(batch, self.config.interpolant)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
@@ -78,16 +87,34 @@ class TrainingModule(lightning.LightningModule):
         self.batches_seen += 1
         size = len(batch["res_mask"])
         means = {name: value.mean() for name, value in found.items()}
+        total = means.pop("train_loss")
         self.log_dict({f"train/{name}": value.detach() for name, value in means.items()}, batch_size=size)
-        self.log("train/loss", means["train_loss"].detach(), batch_size=size)
+        self.log("train/loss", total.detach(), batch_size=size)
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=size)
         self.log("train/length", float(batch["res_mask"].shape[1]), batch_size=size)
         self.log("train/batch_size", float(size), batch_size=size)
-        return means["train_loss"]
+        return total
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW with `experiment.optimizer`, on all parameters of the model that learn."""
+    def on_validation_start(self) -> None:
+        """Begin with the noise of the first batch: every validation sees the same."""
+        self._validated = 0
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Log the losses of a noisy batch as `valid/...`; the means over the items of all batches and ranks."""
+        noisy = batch
+        if self.config.interpolant.self_condition and self._self_conditioned:
+            noisy = self_condition(self.model, batch)
+        results = losses(self.model, noisy, self.config.experiment.training)
+        means = {f"valid/{name}": value.mean() for name, value in results.items()}
+        means["valid/loss"] = means.pop("valid/train_loss")
+        self.log_dict(means, batch_size=len(batch["res_mask"]), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with `experiment.optimizer`, on all parameters that learn, and `experiment.lr_scheduler`, if any."""
         free = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(free, **self.config.experiment.optimizer)
+        optimizer = torch.optim.AdamW(free, **self.config.experiment.optimizer)
+        schedule = learning_rate_schedule(self.config.experiment, optimizer)
+        return optimizer if schedule is None else {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the original's checkpoints have no place for, under a key of our own, which it passes over."""

@@ -29,7 +29,7 @@ from typing import Any
 import pytorch_lightning as lightning
 import torch
 from omegaconf import OmegaConf
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ....kernels.registry import record_kernels
@@ -40,8 +40,10 @@ from ..whole_files import write_whole
 from ._batches import MakeBatches, TrainingData
 from ._callbacks import LastCheckpoint, LossTable, StoppedByUser
 from ._lightning_module import TrainingModule
+from ._loggers import loggers
+from ._progress import StepBar
 from ._safe_checkpoints import SafeCheckpointIO, check_fits, read_training_checkpoint
-from ._trainer_arguments import check_experiment, trainer_options
+from ._trainer_arguments import callbacks, check_experiment, checkpointer, trainer_options
 from .objective import LossNotFinite
 from .record import TrainingRecord
 from .run_config import RunConfig, read_run_config
@@ -54,6 +56,7 @@ class TrainingRun:
     Attributes:
         out: The output folder.
         step: Steps of the optimizer, those before the run was resumed too.
+        resumed_at: Steps that had been taken when this run began; 0 unless it was resumed.
         stopped: Whether it was stopped before its end.
         last: The losses of the last step, and what else a row of `losses.csv` has.
         seconds: Time of this run.
@@ -64,6 +67,7 @@ class TrainingRun:
 
     out: Path
     step: int
+    resumed_at: int
     stopped: bool
     last: Mapping[str, float]
     seconds: float
@@ -82,6 +86,7 @@ def train(
     device: str | None = None,
     kernel: Any = None,
     command_line: Iterable[str] = (),
+    validation: str | os.PathLike[str] | MakeBatches | None = None,
     resume: bool = False,
     checkpoint_seconds: float = 600.0,
     progress: bool | None = None,
@@ -102,6 +107,7 @@ def train(
         device: See `_trainer_arguments.trainer_options`.
         kernel: See `multiflow.load`.
         command_line: The values of `--kernel`.
+        validation: Structures that are validated on; by default the config's `data.validation`.
         resume: Goes on from ``out/last.ckpt``.
         checkpoint_seconds: How far `last.ckpt` may be behind.
         progress: False shows no progress; by default a bar on a terminal, and a line every half minute elsewhere.
@@ -121,13 +127,24 @@ def train(
 
     torch.manual_seed(experiment.seed)
     module = TrainingModule(settings.whole, kernel=kernel, command_line=command_line)
+    begun = 0
     if start is not None:
-        check_fits(module, read_training_checkpoint(start)["state_dict"], start)
+        content = read_training_checkpoint(start)
+        check_fits(module, content["state_dict"], start)
+        begun = int(content["global_step"])
     elif experiment.raw_state_dict_reload is not None:
         weights = read_checkpoint(experiment.raw_state_dict_reload)
         check_fits(module.model, weights.state_dict, weights.source)
         module.model.load_state_dict(weights.state_dict)
 
+    train_data = _batches(data, settings)
+    folder = settings.data.get("validation") if validation is None else validation
+    valid_data = None if folder is None else _batches(folder, settings)
+    if valid_data is None:
+        options["limit_val_batches"] = 0
+    most = int(options.get("max_steps", -1))
+    if start is not None and 0 <= most <= begun:
+        return TrainingRun(out, begun, begun, False, {}, 0.0, (), module, str(options["accelerator"]))
     out.mkdir(parents=True, exist_ok=True)
     record = TrainingRecord(
         out / "run.json",
@@ -144,17 +161,21 @@ def train(
     )
     show = progress is not False
     last = LastCheckpoint(out, checkpoint_seconds)
+    more = callbacks(experiment)
+    own_bar = any(isinstance(each, ProgressBar) for each in more)
+    bar = [StepBar()] if show and sys.stderr.isatty() and not own_bar else []
     table = LossTable(out / "losses.csv", 30.0 if show and not sys.stderr.isatty() else None)
     with _quiet(), _trainer_errors(), record_kernels() as ran:
         seen = _Kernels(ran)
         trainer = lightning.Trainer(
             **options,
-            callbacks=[seen, table, last, *_checkpointer(experiment.checkpointer, out)],
-            logger=_logger(experiment.logger, out, experiment.wandb),
+            # `last` behind the user's: averaged weights are brought up to the step before they are saved.
+            callbacks=[seen, table, *more, last, checkpointer(experiment.checkpointer, out), *bar],
+            logger=loggers(experiment.logger, out, experiment.wandb),
             default_root_dir=str(out),
             plugins=[SafeCheckpointIO()],
             use_distributed_sampler=False,
-            enable_progress_bar=show and sys.stderr.isatty(),
+            enable_progress_bar=bool(bar) or own_bar,
             enable_model_summary=False,
         )
         if trainer.is_global_zero:
@@ -163,7 +184,7 @@ def train(
         status, problem = "failed", None
         try:
             with _stopping(last):
-                trainer.fit(module, datamodule=TrainingData(_batches(data, settings), module), ckpt_path=start)
+                trainer.fit(module, datamodule=TrainingData(train_data, module, valid_data), ckpt_path=start)
             status = "complete"
         except StoppedByUser:
             status = "interrupted"
@@ -177,6 +198,7 @@ def train(
     return TrainingRun(
         out,
         trainer.global_step,
+        begun,
         status == "interrupted",
         table.last,
         record.seconds,
@@ -254,37 +276,6 @@ def _leaves(value: Any, name: str = "") -> dict[str, Any]:
     for key, item in value.items():
         found |= _leaves(item, f"{name}.{key}" if name else str(key))
     return found
-
-
-def _checkpointer(given: Mapping[str, Any], out: Path) -> list[ModelCheckpoint]:
-    """`experiment.checkpointer`, but for `last.ckpt`, which `LastCheckpoint` writes."""
-    options = {**given, "save_last": None}
-    monitor = options.get("monitor")
-    if monitor is not None and not str(monitor).startswith("train/"):
-        # The original's base config waits for a metric that its validation computes, with ProteinMPNN and ESMFold.
-        warnings.warn(
-            f"experiment.checkpointer.monitor: {monitor} is not computed here; checkpoints are kept without it",
-            stacklevel=3,
-        )
-        options = {**options, "monitor": None, "save_top_k": -1}
-    if options.get("monitor") is None and int(options.get("save_top_k", 1)) > 1:
-        options["save_top_k"] = -1
-    return [ModelCheckpoint(dirpath=str(out), **options)]
-
-
-def _logger(name: str, out: Path, wandb: Mapping[str, Any]) -> Any:
-    if name == "none":
-        return False
-    from pytorch_lightning import loggers
-
-    try:
-        if name == "tensorboard":
-            return loggers.TensorBoardLogger(str(out), name="logs")
-        if name == "wandb":
-            return loggers.WandbLogger(save_dir=str(out), **wandb)
-    except (ModuleNotFoundError, ImportError) as error:
-        raise BadInput(f"experiment.logger: {name} cannot be used: {error}", f"pip install {name}") from error
-    return loggers.CSVLogger(str(out), name="logs")
 
 
 def _kept(path: Path) -> str:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as lightning
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ....configs.kernel import did_you_mean
 from ...errors import BadInput
+from .class_paths import build
 from .settings import ExperimentConfig
 
 #: Arguments of the trainer that are settled here, or by other settings.
 _OURS = (
-    "callbacks", "logger", "default_root_dir", "use_distributed_sampler", "enable_checkpointing",
+    "logger", "default_root_dir", "use_distributed_sampler", "enable_checkpointing",
     "enable_progress_bar", "enable_model_summary", "plugins", "max_time", "reload_dataloaders_every_n_epochs",
 )  # fmt: skip
 _ROUNDED_FRAMES = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
@@ -32,12 +36,62 @@ def check_experiment(experiment: ExperimentConfig) -> None:
     _check_names("experiment.optimizer", experiment.optimizer, torch.optim.AdamW, ("params",))
     _check_names("experiment.trainer", experiment.trainer, lightning.Trainer, _OURS)
     _check_names("experiment.checkpointer", experiment.checkpointer, ModelCheckpoint, ("dirpath",))
+    checkpointer(experiment.checkpointer, Path("."))
+    callbacks(experiment)
     precision = str(experiment.trainer.get("precision", "32-true"))
     if precision in _ROUNDED_FRAMES:
         raise BadInput(
             f"experiment.trainer.precision: {precision} would round positions and rotations",
             "use bf16-mixed, or 32-true.",
         )
+
+
+def callbacks(experiment: ExperimentConfig) -> list[lightning.Callback]:
+    """The callbacks that `experiment.trainer.callbacks` lists.
+
+    Raises:
+        BadInput: It is no list, or an entry names no callback.
+    """
+    entries = experiment.trainer.get("callbacks") or []
+    where = "experiment.trainer.callbacks"
+    if not isinstance(entries, list):
+        raise BadInput(f"{where}: {entries!r:.80} is no list", "write one class path a line, each after a dash.")
+    home = "pytorch_lightning.callbacks"
+    return [build(entry, lightning.Callback, home, f"{where}.{i}") for i, entry in enumerate(entries)]
+
+
+def checkpointer(options: Mapping[str, Any], out: Path) -> ModelCheckpoint:
+    """Lightning's ModelCheckpoint with `experiment.checkpointer`; `last.ckpt` is written by `LastCheckpoint`.
+
+    Args:
+        options: The section.
+        out: The run's folder.
+
+    Raises:
+        BadInput: Lightning refuses the section.
+    """
+    options = {**options, "save_last": None}
+    monitor = options.get("monitor")
+    if monitor == "train/train_loss":  # the original's second name of it
+        options["monitor"] = monitor = "train/loss"
+    if monitor is not None and not str(monitor).startswith(("train/", "valid/")):
+        # The original's base config waits for a metric that its validation computes, with ProteinMPNN and ESMFold.
+        warnings.warn(
+            f"experiment.checkpointer.monitor: {monitor} is not computed here; every checkpoint is kept instead",
+            stacklevel=3,
+        )
+        options = {**options, "monitor": None, "save_top_k": -1}
+    try:
+        return ModelCheckpoint(dirpath=str(out), **options)
+    except MisconfigurationException as error:
+        top_k = options.get("save_top_k")
+        fix = (
+            f"save_top_k: {top_k} needs a metric to rank by (monitor: train/loss, or valid/loss with data.validation); "
+            "-1 keeps every checkpoint, 1 the newest."
+            if options.get("monitor") is None and top_k not in (None, -1, 0, 1)
+            else "correct the section; its keys are ModelCheckpoint's."
+        )
+        raise BadInput(f"experiment.checkpointer: {error}", fix) from error
 
 
 def trainer_options(experiment: ExperimentConfig, device: str | None, steps: int | None) -> dict[str, Any]:
@@ -54,10 +108,10 @@ def trainer_options(experiment: ExperimentConfig, device: str | None, steps: int
     """
     options = {
         "num_sanity_val_steps": 0,
-        "limit_val_batches": 0,
         "log_every_n_steps": 10,
         **experiment.trainer,
     }
+    options.pop("callbacks", None)
     options |= _devices(experiment, device)
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started the processes: how many is settled
         here = int(os.environ["LOCAL_WORLD_SIZE"])

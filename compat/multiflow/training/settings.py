@@ -58,7 +58,10 @@ class TrainingConfig(StrictSection):
 
 
 class ExperimentConfig(StrictSection):
-    """`experiment`: the run. `optimizer`, `trainer` and `checkpointer` are handed on to PyTorch and Lightning."""
+    """`experiment`: the run. `optimizer`, `trainer` and `checkpointer` are handed on to PyTorch and Lightning.
+
+    `lr_scheduler`, `logger` and the list `trainer.callbacks` name classes; see `class_paths.build`.
+    """
 
     debug: bool = False
     seed: int = Field(default=123, ge=0)
@@ -69,10 +72,11 @@ class ExperimentConfig(StrictSection):
     training: TrainingConfig = TrainingConfig()
     wandb: dict[str, Any] = Field(default_factory=dict)
     optimizer: dict[str, Any] = Field(default_factory=lambda: {"lr": 1e-4})
+    lr_scheduler: str | dict[str, Any] | None = None
     trainer: dict[str, Any] = Field(default_factory=lambda: {"max_epochs": 200, "accumulate_grad_batches": 2})
     checkpointer: dict[str, Any] = Field(default_factory=lambda: {"every_n_epochs": 50, "save_top_k": -1})
     inference_dir: str | None = None
-    logger: Literal["csv", "tensorboard", "wandb", "none"] = "csv"
+    logger: Literal["csv", "tensorboard", "wandb", "none"] | dict[str, Any] | list[Any] = "csv"
 
 
 def as_training_config(section: object, where: str = "experiment.training") -> TrainingConfig:
