@@ -34,6 +34,24 @@ def any_requires_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+def require_one_device(like: Tensor, *others: Tensor | None) -> None:
+    """Raise PyTorch's own error where tensors are on several devices.
+
+    A custom operator with one of them on meta (weights that were never loaded, or are offloaded) would run as on meta,
+    and give back memory that nobody wrote.
+
+    Raises:
+        RuntimeError: They are.
+    """
+    device = like.device
+    for other in others:
+        if other is not None and other.device != device:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                f"{device} and {other.device}!"
+            )
+
+
 def floating_type(like: Tensor) -> torch.dtype:
     """The type that `like` is computed in: its own, or what autocast makes of it."""
     dtype = like.dtype
