@@ -122,3 +122,15 @@ def test_the_signatures_of_custom_operators_are_read_by_every_torch(root):
             texts = [ast.unparse(annotation) for annotation in annotations if annotation is not None]
             bad += [f"{file.name}:{node.lineno}: {text}" for text in texts if "list[" in text or "Sequence[" in text]
     assert seen > 20 and bad == []
+
+
+def test_a_test_that_fails_is_an_exit_code(tmp_path, monkeypatch):
+    """The page is written, and the exit code is the tests' own, not that of the program that writes the page."""
+    monkeypatch.setattr(versions, "FOLDER", tmp_path / "environments")
+    monkeypatch.setattr(versions, "record", lambda rows: None)
+    for outcome, code in ((row("3.12", "2.6.0"), 0), (row("3.12", "2.6.0") | {"failed": 1}, 1), (row("3.14"), 0)):
+        monkeypatch.setattr(versions, "all_rows", lambda *_, outcome=outcome: iter([outcome]))
+        assert versions.main([]) == code
+    monkeypatch.setattr(versions, "all_rows", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        versions.main([])

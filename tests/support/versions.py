@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record([row])
     finally:
         shutil.rmtree(FOLDER, ignore_errors=True)
-        runpy.run_path(str(ROOT / "docs" / "write_versions.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "docs" / "write_versions.py"))["main"]()
     for row in rows:
         outcome = row.get("error") or (
             f"{row['passed']} passed, {row['failed']} failed" if "torch" in row else "missing"
