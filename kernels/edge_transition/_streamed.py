@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from ..blocks import Scratch, block_dtype, row_blocks
-from ..tensors import item_masks
+from ..tensors import TensorList, item_masks
 from ._autograd import differentiate
 from ._rows import Split, backward_rows, forward_rows, hidden_rows, prepare, zero_gradients
 
 
 @torch.library.custom_op("foldkernels::edge_transition_streamed", mutates_args=())
-def edge_transition_streamed(z: Tensor, parts: list[Tensor], mask: Tensor | None, eps: float) -> Tensor:
+def edge_transition_streamed(z: Tensor, parts: TensorList, mask: Tensor | None, eps: float) -> Tensor:
     """Update z [b, n, n, cz]; `parts` are the fields of `Split`."""
     dtype = block_dtype(z)
-    prepared = prepare(Split(*parts), dtype)
+    prepared = prepare(Split(*parts), z)
     out = z.new_empty(*z.shape[:3], prepared.weight_out.shape[0])
     scratch, masks = Scratch(z, dtype), item_masks(mask, z.shape[0])
     with torch.autocast(z.device.type, enabled=False):
@@ -33,11 +33,11 @@ def _(z, parts, mask, eps):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("foldkernels::edge_transition_streamed_backward", mutates_args=())
 def edge_transition_streamed_backward(
-    d_out: Tensor, z: Tensor, parts: list[Tensor], mask: Tensor | None, eps: float
-) -> list[Tensor]:
+    d_out: Tensor, z: Tensor, parts: TensorList, mask: Tensor | None, eps: float
+) -> TensorList:
     """The gradients of z and of each part, in this order."""
     dtype = block_dtype(z)
-    prepared = prepare(Split(*parts), dtype)
+    prepared = prepare(Split(*parts), z)
     gradients = zero_gradients(Split(*parts))
     dz = torch.empty_like(z, memory_format=torch.contiguous_format)
     scratch, masks = Scratch(z, dtype), item_masks(mask, z.shape[0])

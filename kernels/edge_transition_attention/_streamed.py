@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from ..blocks import Scratch, block_dtype, row_blocks
+from ..blocks import Scratch, attended_dtype, block_dtype, row_blocks
 from ..custom import no_double_backward
 from ..edge_transition import _rows as edge
 from ..invariant_point_attention import _rows as ipa
 from ..rows import layer_norm_rows
-from ..tensors import item_masks
+from ..tensors import TensorList, item_masks
 
 
 def _forward(
     z: Tensor,
-    parts: list[Tensor],
+    parts: TensorList,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -24,22 +24,22 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """One pass; the new rows go to `new_z`, which may be z itself: a block depends on its own rows alone."""
     dtype = block_dtype(z)
-    split = edge.prepare(edge.Split(*parts), dtype)
-    attending = ipa.Forward(q, k, v, bias_weight, mask, None, dtype)
+    split = edge.prepare(edge.Split(*parts), z)
+    attending = ipa.Forward(q, k, v, bias_weight, mask, None, attended_dtype(z))
     scratch, masks = Scratch(z, dtype), item_masks(mask, z.shape[0])
     with torch.autocast(z.device.type, enabled=False):
         for i, rows in row_blocks(z):
             block = edge.forward_rows(split, i, rows, z[i, rows].to(dtype), masks[i], eps, scratch)
             if new_z is not None:
                 new_z[i, rows] = block
-            attending.block(i, rows, block)
+            attending.block(i, rows, block.to(attended_dtype(z)))
     return attending.out, attending.pair
 
 
 @torch.library.custom_op("foldkernels::edge_transition_attention_streamed", mutates_args=())
 def fused_streamed(
     z: Tensor,
-    parts: list[Tensor],
+    parts: TensorList,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -57,7 +57,7 @@ def fused_streamed(
 @torch.library.custom_op("foldkernels::edge_transition_attention_streamed_", mutates_args=("z",))
 def fused_streamed_(
     z: Tensor,
-    parts: list[Tensor],
+    parts: TensorList,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -92,19 +92,19 @@ def fused_streamed_backward(
     d_out: Tensor,
     d_pair: Tensor,
     z: Tensor,
-    parts: list[Tensor],
+    parts: TensorList,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     bias_weight: Tensor,
     mask: Tensor,
     eps: float,
-) -> list[Tensor]:
+) -> TensorList:
     """The gradients of z, q, k, v and bias_weight, then of each part. The new z is computed again, block by block."""
     dtype = block_dtype(z)
-    split = edge.prepare(edge.Split(*parts), dtype)
+    split = edge.prepare(edge.Split(*parts), z)
     gradients = edge.zero_gradients(edge.Split(*parts))
-    attending = ipa.Backward(d_out, d_pair, q, k, v, bias_weight, mask, None, dtype)
+    attending = ipa.Backward(d_out, d_pair, q, k, v, bias_weight, mask, None, attended_dtype(z))
     d_old = torch.empty_like(z, memory_format=torch.contiguous_format)
     scratch, masks = Scratch(z, dtype), item_masks(mask, z.shape[0])
     with torch.autocast(z.device.type, enabled=False):
@@ -112,7 +112,7 @@ def fused_streamed_backward(
             z_rows = z[i, rows].to(dtype)
             hidden = edge.hidden_rows(split, i, rows, z_rows, scratch)
             block = layer_norm_rows(hidden.last, split.norm_weight, split.norm_bias, rows, masks[i], eps)
-            d_block = attending.block_gradient(i, rows, block)
+            d_block = attending.block_gradient(i, rows, block.to(attended_dtype(z)))
             if d_z is not None:
                 d_block += d_z[i, rows]
             d_old[i, rows] = edge.backward_rows(
