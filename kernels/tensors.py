@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, List, TypeVar  # noqa: UP035
 
 import torch
 from torch import Tensor
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+#: A list of tensors in the signature of a custom operator: the one spelling that PyTorch 2.6's `custom_op` can read.
+TensorList = List[Tensor]  # noqa: UP006
 #: Whether autocast is on for any device: one call, where asking for a tensor's own device costs several. A PyTorch
 #: without it is asked for the device.
 _autocast_somewhere: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)

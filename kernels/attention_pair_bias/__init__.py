@@ -69,7 +69,7 @@ def attention_pair_bias(
     m = k.shape[1]
     if s % pairs.shape[0]:
         raise ValueError(f"attention_pair_bias: {s} sequences cannot share {pairs.shape[0]} pair tensors")
-    weights = projection[:3] if projection is not None else ()
+    weights = (projection.norm_weight, projection.norm_bias, projection.weight) if projection is not None else ()
     require_one_device(q, k, v, pairs, mask, *weights)
     run = function_for(
         OPERATION.name,

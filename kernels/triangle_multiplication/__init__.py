@@ -88,7 +88,7 @@ def triangle_multiplication(
         dims={"cz": z.shape[3], "c": weights.p_out.shape[1]},
         grad=any_requires_grad(z, *weights),
         config=config,
-        options=("bias",) if any(bias is not None for bias in weights[8:]) else (),
+        options=("bias",) if any(bias is not None for bias in list(weights)[8:]) else (),
     )
     dtype = floating_type(z)
     with without_autocast(z):
