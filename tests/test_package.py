@@ -99,7 +99,7 @@ def test_every_extra_resolves_on_a_mac(wheel):
     assert installed_by(wheel, "flash", "linux") == {"flash-attn"}
     assert installed_by(wheel, "cuda", "darwin") == installed_by(wheel, "flash", "darwin") == set()
     extras = {line.partition(": ")[2] for line in metadata(wheel) if line.startswith("Provides-Extra")}
-    assert extras == {"cuda", "flash", "esm", "train", "docs", "plots", "test", "dev"}
+    assert extras == {"cuda", "flash", "esm", "hydra", "train", "docs", "plots", "test", "dev"}
     everywhere = set().union(*(installed_by(wheel, extra, "darwin") for extra in extras))
     assert not any(name.startswith(("cu", "triton", "trifast", "flash")) for name in everywhere)
 
