@@ -14,7 +14,7 @@ from .blocks import block_dtype, norm_dtype, row_blocks
 from .custom import no_double_backward
 from .products import accumulate_
 from .rows import layer_norm_backward, zeros_like_wide
-from .tensors import widest
+from .tensors import require_one_device, widest
 
 
 class PairProjection(NamedTuple):
@@ -52,6 +52,7 @@ def pair_bias(
         weight: The linear layer's weight.
         eps: LayerNorm's epsilon.
     """
+    require_one_device(z, norm_weight, norm_bias, weight)
     bias: Tensor = pair_bias_streamed(z, norm_weight, norm_bias, weight, eps)
     return bias
 

@@ -20,6 +20,8 @@ from foldkernels.compat.errors import BadInput
 from foldkernels.compat.multiflow import checkpoint
 from foldkernels.compat.multiflow.configuration import interpolant_section, model_section
 
+pytestmark = pytest.mark.quick
+
 GOLDENS = Path(__file__).parent / "goldens" / "multiflow"
 FOLDERS = ("small", "small_chain")
 

@@ -28,6 +28,8 @@ from foldkernels.compat import unpickling
 from foldkernels.compat.errors import BadInput
 from foldkernels.compat.torch_archive import read_torch_file
 
+pytestmark = pytest.mark.quick
+
 GOLDENS = Path(__file__).parent / "goldens" / "multiflow"
 CHECKPOINTS = ("small/last.ckpt", "small_chain/last.ckpt")
 BLOCKED = ("omegaconf", "lightning", "pytorch_lightning", "wandb")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..registry import function_for, precision, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad, cast, floating_type, without_autocast
+from ..tensors import any_requires_grad, cast, floating_type, require_one_device, without_autocast
 
 OPERATION = register_operation(
     Operation(
@@ -61,6 +61,7 @@ def edge_transition(
         KernelUnavailable: No kernel that the configuration allows can serve the call.
     """
     weights = (weight_1, bias_1, weight_2, bias_2, weight_out, bias_out, norm_weight, norm_bias)
+    require_one_device(z, nodes, mask, *weights)
     run = function_for(
         OPERATION.name,
         z,

@@ -13,6 +13,7 @@ from .. import _triton_common, machine
 from .._triton_common import INTERPRETED
 from ..blocks import row_blocks
 from ..products import accumulate_
+from ..tensors import TensorList
 from ..tile_cache import TileCache, length_class, source_of
 from . import _kernels
 from ._autograd import differentiate
@@ -150,7 +151,7 @@ class _Call:
 
 
 @torch.library.custom_op("foldkernels::edge_transition_triton", mutates_args=())
-def edge_transition_triton(z: Tensor, parts: list[Tensor], mask: Tensor | None, eps: float) -> Tensor:
+def edge_transition_triton(z: Tensor, parts: TensorList, mask: Tensor | None, eps: float) -> Tensor:
     """Update z [b, n, n, cz]; `parts` are the fields of `Split`."""
     call = _Call(z, parts, mask, eps)
     out = z.new_empty(*z.shape[:3], call.c_out)
@@ -167,8 +168,8 @@ def _(z, parts, mask, eps):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("foldkernels::edge_transition_triton_backward", mutates_args=())
 def edge_transition_triton_backward(
-    d_out: Tensor, z: Tensor, parts: list[Tensor], mask: Tensor | None, eps: float
-) -> list[Tensor]:
+    d_out: Tensor, z: Tensor, parts: TensorList, mask: Tensor | None, eps: float
+) -> TensorList:
     """The gradients of z and of each part, in this order; hidden layers are kept for one block of rows at a time."""
     call = _Call(z, parts, mask, eps)
     d_out, n, wide = _inner_contiguous(d_out), call.n, call.wide

@@ -8,12 +8,12 @@ from ..custom import no_double_backward
 from ..edge_transition import _rows as edge
 from ..invariant_point_attention import _rows as ipa
 from ..rows import layer_norm_rows
-from ..tensors import item_masks
+from ..tensors import TensorList, item_masks
 
 
 def _forward(
     z: Tensor,
-    parts: list[Tensor],
+    parts: TensorList,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -39,7 +39,7 @@ def _forward(
 @torch.library.custom_op("foldkernels::edge_transition_attention_streamed", mutates_args=())
 def fused_streamed(
     z: Tensor,
-    parts: list[Tensor],
+    parts: TensorList,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -57,7 +57,7 @@ def fused_streamed(
 @torch.library.custom_op("foldkernels::edge_transition_attention_streamed_", mutates_args=("z",))
 def fused_streamed_(
     z: Tensor,
-    parts: list[Tensor],
+    parts: TensorList,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -92,14 +92,14 @@ def fused_streamed_backward(
     d_out: Tensor,
     d_pair: Tensor,
     z: Tensor,
-    parts: list[Tensor],
+    parts: TensorList,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     bias_weight: Tensor,
     mask: Tensor,
     eps: float,
-) -> list[Tensor]:
+) -> TensorList:
     """The gradients of z, q, k, v and bias_weight, then of each part. The new z is computed again, block by block."""
     dtype = block_dtype(z)
     split = edge.prepare(edge.Split(*parts), z)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..registry import function_for, register_operation
 from ..requests import Operation
-from ..tensors import any_requires_grad, cast, floating_type, without_autocast
+from ..tensors import any_requires_grad, cast, floating_type, require_one_device, without_autocast
 
 OPERATION = register_operation(
     Operation(
@@ -51,6 +51,7 @@ def triangle_attention(
         KernelUnavailable: No kernel that the configuration allows can serve the call.
     """
     _, h, n, m, d = q.shape
+    require_one_device(q, k, v, bias, mask)
     run = function_for(
         OPERATION.name,
         q,
