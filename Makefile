@@ -68,7 +68,7 @@ lint: $(INSTALLED)
 	$(PY) -m pytest -q tests/test_style.py
 
 bench: $(INSTALLED)
-	$(PY) -m benchmarks.multiflow_cpu $(ARGS)
+	$(PY) -m benchmarks.studies.multiflow_cpu $(ARGS)
 
 # The pages that are written from the code first, so that the site is of this checkout.
 docs: $(INSTALLED)

@@ -93,7 +93,7 @@ def make(address: str, option: str = "--check") -> nn.Module:
     """
     from torch import nn
 
-    from ..compat.errors import BadInput
+    from ..errors import BadInput
 
     model = found = found_at(address, option)
     if not isinstance(found, nn.Module):
@@ -111,7 +111,7 @@ def found_at(address: str, option: str) -> Any:
     Raises:
         BadInput: There is nothing, and why.
     """
-    from ..compat.errors import BadInput
+    from ..errors import BadInput
 
     where, colon, name = address.rpartition(":")
     if not (colon and where and name):
@@ -143,7 +143,7 @@ def _module(where: str) -> Any:
 
 def tried(what: str, function: Callable[[], Any]) -> Any:
     """The user's own code: whatever it raises is told in one line, and with --debug in full."""
-    from ..compat.errors import BadInput
+    from ..errors import BadInput
 
     try:
         return function()

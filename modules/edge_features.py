@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from ..kernels.binding import Use
 from ..kernels.edge_features import edge_features
+from ..kernels.registry.binding import Use
 from .kernel_module import KernelModule
 from .masks import boolean
 

@@ -5,8 +5,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..kernels.binding import Use
 from ..kernels.edge_transition import edge_transition
+from ..kernels.registry.binding import Use
 from .kernel_module import KernelModule
 from .linear import Linear
 from .masks import boolean

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..kernels.binding import Use
+from ..kernels.registry.binding import Use
 
 
 class KernelModule(nn.Module):

@@ -5,7 +5,7 @@ from typing import ClassVar
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from ..kernels.binding import Use
+from ..kernels.registry.binding import Use
 from ..kernels.triangle_multiplication import Direction, Weights, triangle_multiplication
 from .kernel_module import KernelModule
 from .linear import Linear

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ...kernels.binding import Use
+from ...kernels.registry.binding import Use
 from .recognition import Forward, Recognised
 
 # DataParallel copies a module's dictionary to a replica for each GPU: the replica's forward must be its own.

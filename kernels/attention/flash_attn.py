@@ -5,10 +5,10 @@ from types import ModuleType
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import flash_attn
-from ..flash_attn import NEEDS, attend
+from ..common import flash_attn_varlen as flash_attn
+from ..common.flash_attn_varlen import NEEDS, attend
 from ..registry import register
-from ..requests import KernelFunction, Reason, Request
+from ..registry.types import KernelFunction, Reason, Request
 
 library: ModuleType
 

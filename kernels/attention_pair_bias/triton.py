@@ -3,10 +3,10 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .._biased_attention_tiles import reasons_against
-from ..pair_projection import PairProjection, project
+from ..biased_attention._tiles import reasons_against
+from ..common.pair_projection import PairProjection, project
 from ..registry import register
-from ..requests import KernelFunction
+from ..registry.types import KernelFunction
 
 
 def run(

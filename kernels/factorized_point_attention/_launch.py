@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from .. import _triton_common, machine
-from .._triton_common import INTERPRETED
-from ..custom import no_double_backward
-from ..tile_cache import TileCache, length_class, source_of
+from ..common.double_backward import no_double_backward
+from ..hardware import machine
+from ..triton_tools import _language as _triton_common
+from ..triton_tools._language import INTERPRETED
+from ..triton_tools.tile_cache import TileCache, length_class, source_of
 from . import _triton
 from ._tiles import Tile, chunks, tiles_for, width
 from ._triton import KERNELS

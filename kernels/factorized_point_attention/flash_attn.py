@@ -11,10 +11,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import flash_attn
-from ..flash_attn import MAX_HEAD, NEEDS, attend
+from ..common import flash_attn_varlen as flash_attn
+from ..common.flash_attn_varlen import MAX_HEAD, NEEDS, attend
 from ..registry import register
-from ..requests import KernelFunction, Reason, Request
+from ..registry.types import KernelFunction, Reason, Request
 from ._lifting import lift, query_width, split_values, value_width
 
 library: ModuleType

@@ -10,13 +10,16 @@ from jaxtyping import Float
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from .. import _triton_common, machine
-from .._triton_common import INTERPRETED
-from ..custom import no_double_backward
-from ..tensors import without_autocast
-from ..tile_cache import TileCache, length_class, source_of
-from . import _launch_descriptors, _triton, _triton_descriptors
-from ._packing import LOG2E, power, up
+from ..common.double_backward import no_double_backward
+from ..dtypes import without_autocast
+from ..hardware import machine
+from ..triton_tools import _language as _triton_common
+from ..triton_tools._language import INTERPRETED
+from ..triton_tools.tile_cache import TileCache, length_class, source_of
+from . import _tma_launch as _launch_descriptors
+from . import _tma_triton as _triton_descriptors
+from . import _triton
+from ._operands import LOG2E, power, up
 from ._rows import NEVER
 from ._tiles import Plan, plans_for, width
 from ._triton import KERNELS

@@ -3,9 +3,9 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .._biased_attention_tiles import reasons_against
+from ..biased_attention._tiles import reasons_against
 from ..registry import register
-from ..requests import KernelFunction
+from ..registry.types import KernelFunction
 
 
 def run(

@@ -7,9 +7,9 @@ computes each block's queries, keys, values and weights again.
 import torch
 from torch import Tensor
 
-from ..blocks import row_blocks
-from ..custom import no_double_backward
-from ..tensors import widest
+from ..common.double_backward import no_double_backward
+from ..common.row_blocks import row_blocks
+from ..dtypes import widest
 from ._rows import Backward, Forward
 
 

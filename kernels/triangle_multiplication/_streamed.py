@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..custom import no_double_backward
+from ..common.double_backward import no_double_backward
 from . import Weights
 from ._channels import backward_item, forward_item, prepare
 

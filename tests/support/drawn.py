@@ -12,10 +12,12 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foldkernels.kernels import accuracy, blocks, registry
-from foldkernels.kernels.examples.builders import make
-from foldkernels.kernels.examples.case import Case
-from foldkernels.kernels.examples.draws import Draws
+from foldkernels.kernels import registry
+from foldkernels.kernels.common import row_blocks as blocks
+from foldkernels.kernels.testing import accuracy
+from foldkernels.kernels.testing.cases.builders import make
+from foldkernels.kernels.testing.cases.case import Case
+from foldkernels.kernels.testing.cases.random_inputs import Draws
 
 #: What each operation's builder takes besides sizes, and from where that is drawn.
 FEATURES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
@@ -165,7 +167,7 @@ def calls(draw: st.DrawFn, operations: tuple[str, ...], kernels: tuple[str, ...]
 
 def sizes_of(operation: str) -> list[str]:
     """The names of the sizes that an operation's builder takes, apart from the length."""
-    from foldkernels.kernels.examples import builders
+    from foldkernels.kernels.testing.cases import builders
 
     return sorted(builders.sizes_of(operation))
 

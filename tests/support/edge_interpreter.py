@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldkernels.kernels import blocks
-from foldkernels.kernels.edge_transition import _rows, _tiles, _triton, reference, triton
+from foldkernels.kernels.common import row_blocks as blocks
+from foldkernels.kernels.edge_transition import _launch as _triton
+from foldkernels.kernels.edge_transition import _rows, _tiles, reference, triton
 
 from .interpreted import FLOOR, answer_questions, poison_memory, second_derivative
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from foldkernels.kernels import chips
 from foldkernels.kernels.invariant_point_attention import _tiles as tiles
+from foldkernels.kernels.triton_tools import gpu_limits as chips
 
 from .triton_tools import CHIPS
 from .triton_tools import compiled as compiled_for
@@ -133,7 +133,7 @@ def compiled(cell: Cell, plan: tiles.Plan, precision: str, *, masked: bool = Tru
 
 def _described(cell: Cell, plan: tiles.Plan, *, masked: bool, ones: tuple[str, ...]) -> Any:
     """The same of the kernel that reads tiles through descriptors."""
-    from foldkernels.kernels.invariant_point_attention._triton_descriptors import forward_kernel
+    from foldkernels.kernels.invariant_point_attention._tma_triton import forward_kernel
 
     columns = tiles.FUSED_WIDTH
     constants: dict[str, Any] = {

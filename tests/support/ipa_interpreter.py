@@ -16,11 +16,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from triton.runtime import interpreter
 
-from foldkernels.kernels import accuracy
-from foldkernels.kernels.examples.builders import make
-from foldkernels.kernels.examples.case import Case
-from foldkernels.kernels.invariant_point_attention import _launch, _launch_descriptors
+from foldkernels.kernels.invariant_point_attention import _launch
 from foldkernels.kernels.invariant_point_attention import _tiles as tiles
+from foldkernels.kernels.invariant_point_attention import _tma_launch as _launch_descriptors
+from foldkernels.kernels.testing import accuracy
+from foldkernels.kernels.testing.cases.builders import make
+from foldkernels.kernels.testing.cases.case import Case
 
 from .interpreted import FLOOR, allow_the_cpu, answer_questions, poison_memory, second_derivative
 

@@ -15,10 +15,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 import torch
 
-from foldkernels.kernels import _biased_attention_launch, accuracy
-from foldkernels.kernels.examples.builders import make
-from foldkernels.kernels.examples.case import Case
-from foldkernels.kernels.tile_cache import TileCache, choosing
+from foldkernels.kernels.biased_attention import _launch as _biased_attention_launch
+from foldkernels.kernels.testing import accuracy
+from foldkernels.kernels.testing.cases.builders import make
+from foldkernels.kernels.testing.cases.case import Case
+from foldkernels.kernels.triton_tools.tile_cache import TileCache, choosing
 
 from .interpreted import allow_the_cpu, answer_questions, poison_memory
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldkernels.kernels import _biased_attention_launch
 from foldkernels.kernels.attention_pair_bias import PairProjection
 from foldkernels.kernels.attention_pair_bias import reference as sequence_reference
 from foldkernels.kernels.attention_pair_bias import triton as sequence
+from foldkernels.kernels.biased_attention import _launch as _biased_attention_launch
 from foldkernels.kernels.triangle_attention import reference as triangle_reference
 from foldkernels.kernels.triangle_attention import triton as triangle
 

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from foldkernels.kernels import chips
+from foldkernels.kernels.triton_tools import gpu_limits as chips
 
 from .triton_tools import CHIPS, Usage, usage
 
