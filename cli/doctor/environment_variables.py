@@ -14,6 +14,8 @@ OURS: Mapping[str, str] = {
     "FOLDKERNELS_CACHE": "The folder for what is measured once and kept (`foldkernels` in the user's cache folder when "
     "not set).",
     "FOLDKERNELS_DEBUG": "`1`: the command line shows the traceback of an error, too.",
+    "FOLDKERNELS_FAST_16BIT": "`on` or `off`: whether streamed kernels multiply 16-bit data in 16 bits on a CPU "
+    "(where the processor has instructions for it when not set).",
     "FOLDKERNELS_PROBE_TIMEOUT": "Seconds that an optional package may take to be imported when it is tried out "
     "(180 when not set).",
     "FOLDKERNELS_TUNE": "`1`: a Triton kernel's first call of a kind tries a few tile sizes on the GPU, and the "

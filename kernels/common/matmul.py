@@ -28,20 +28,38 @@ def write_product(left: Float[Tensor, "g i k"], right: Float[Tensor, "g k j"], o
     return torch.bmm(left, right, out=out)
 
 
-def add_product_(total: Float[Tensor, "g i j"], left: Float[Tensor, "g i k"], right: Float[Tensor, "g k j"]) -> None:
-    """Add a batch of products, in place; a sum that is wider than the factors keeps its width."""
+def add_product_(
+    total: Float[Tensor, "g i j"], left: Float[Tensor, "g i k"], right: Float[Tensor, "g k j"], scale: float = 1.0
+) -> None:
+    """Add a batch of scaled products, in place. Where the sum is wider than the factors, nothing is rounded."""
     if total.device.type == "mps":
-        total.add_(torch.bmm(_own(left), _own(right)))
+        total.add_(torch.bmm(_own(left), _own(right)), alpha=scale)
     elif total.dtype is left.dtype:
-        total.baddbmm_(left, right)
+        total.baddbmm_(left, right, alpha=scale)
     else:
-        total.add_(torch.bmm(left, right))
+        total.add_(product_in(total.dtype, left, right), alpha=scale)
+
+
+def product_in(
+    dtype: torch.dtype, left: Float[Tensor, "g i k"], right: Float[Tensor, "g k j"]
+) -> Float[Tensor, "g i j"]:
+    """A batch of products in a type that may be wider than the factors': 16-bit factors, and a float32 result."""
+    if dtype is left.dtype:
+        return torch.bmm(left, right)
+    if left.is_cuda and dtype is torch.float32 and _WIDE_RESULTS:
+        return torch.bmm(left, right, out_dtype=dtype)
+    return torch.bmm(left.to(dtype), right.to(dtype))
 
 
 def accumulate_(total: Float[Tensor, "i j"], left: Float[Tensor, "i k"], right: Float[Tensor, "k j"]) -> None:
-    """Add a product to a running sum; a sum that is wider than the factors keeps its width."""
+    """Add a product to a running sum, which may be wider than the factors.
+
+    PyTorch's 16-bit products on a CPU add up in float32 and round what comes out: a block's share is rounded once.
+    """
     if total.dtype is left.dtype and total.device.type != "mps":
         total.addmm_(left, right)
+    elif left.is_cuda and total.dtype is torch.float32 and _WIDE_RESULTS:
+        total.add_(torch.mm(left, right, out_dtype=total.dtype))
     else:
         total.add_(torch.mm(left, right))
 
@@ -77,6 +95,9 @@ def dot_product_attention(
         mask = q.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(q.dtype).min / 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[..., :of_values]
 
+
+#: Whether PyTorch's products of 16-bit factors can be had in float32: since torch 2.8, on NVIDIA's GPUs.
+_WIDE_RESULTS = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
 
 #: Up to so many queries, PyTorch has kernels of its own on MPS, but where a mask of floats is given.
 _FEW_QUERIES = 8

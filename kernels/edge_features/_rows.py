@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..common.matmul import accumulate_
 from ..common.pair_blocks import layer_norm_rows, layer_norm_rows_backward, relu_, relu_backward_
-from ..common.row_blocks import Scratch
+from ..common.row_blocks import Scratch, block_dtype, norm_dtype
 from ..common.sinusoidal import sinusoids
 from . import MAX_RELATIVE_POSITION
 from .reference import bin_edges
@@ -85,6 +85,15 @@ def split(
     return Split(*residues, *pairs, norm_weight, norm_bias)
 
 
+def prepare(parts: Split, out: Tensor) -> Split:
+    """The pairs' weights in the type in which blocks of `out` are multiplied; the first layer's shares as they are."""
+    dtype, of_norm = block_dtype(out), norm_dtype(out)
+    shares = ("first_i", "first_j", "relpos", "bins")
+    rest = {name: part.to(dtype) for name, part in parts._asdict().items() if name not in shares}
+    norms = {name: getattr(parts, name).to(of_norm) for name in ("norm_weight", "norm_bias")}
+    return parts._replace(**{**rest, **norms})
+
+
 def _bin(positions: Float[Tensor, "n 3"], rows: slice, num_bins: int) -> Int[Tensor, "rows n"]:
     """0 for a distance in no bin, else the bin's number from 1. Both edges of a bin are exclusive."""
     # Norm of differences, as the definition has it: distances from inner products are off by more than a bin's edge.
@@ -116,14 +125,18 @@ class Hidden(NamedTuple):
 def hidden_rows(parts: Split, index: Int[Tensor, " pairs"], i: int, rows: slice, scratch: Scratch) -> Hidden:
     """The perceptron for a block."""
     n, cz = parts.first_j.shape[1:]
-    pairs = index.shape[0]
-    first = torch.index_select(parts.bins, 0, index, out=scratch.take("first", pairs, cz)).view(-1, n, cz)
+    pairs, dtype = index.shape[0], parts.weight_2.dtype
+    # The four addends and their sum are as wide as the parts: 16 bits would round each of them.
+    taken = scratch.take("first", pairs, cz, dtype=parts.bins.dtype)
+    first = torch.index_select(parts.bins, 0, index, out=taken).view(-1, n, cz)
     first += parts.first_i[i, rows, None]
     first += parts.first_j[i]
     for row, of_row in zip(range(rows.start, rows.stop), first, strict=True):
         # The distances of a row to all keys stand one after the other in the table, from n - 1 - row on.
         of_row += parts.relpos[n - 1 - row : 2 * n - 1 - row]
     flat = relu_(first.view(-1, cz))
+    if flat.dtype is not dtype:
+        flat = scratch.take("rounded", pairs, cz).copy_(flat)
     second = relu_(torch.addmm(parts.bias_2, flat, parts.weight_2.t(), out=scratch.take("second", pairs, cz)))
     last = torch.addmm(parts.bias_3, second, parts.weight_3.t(), out=scratch.take("last", pairs, cz))
     return Hidden(flat, second, last)

@@ -7,7 +7,7 @@ from ..common.double_backward import no_double_backward
 from ..common.pair_blocks import zeros_like_wide
 from ..common.row_blocks import Scratch, block_dtype, row_blocks
 from ..dtypes import item_masks
-from ._rows import Geometry, Split, backward_rows, forward_rows
+from ._rows import Geometry, Split, backward_rows, forward_rows, prepare
 
 
 @torch.library.custom_op("foldkernels::edge_features_streamed", mutates_args=())
@@ -26,7 +26,7 @@ def edge_features_streamed(
     b, n, cz = split.first_j.shape
     out = split.first_j.new_empty(b, n, n, cz, dtype=out_dtype)
     dtype = block_dtype(out)
-    split = Split(*(part.to(dtype) for part in parts))
+    split = prepare(split, out)
     scratch, masks = Scratch(out, dtype), item_masks(mask, b)
     geometry = Geometry(positions, positions_sc, chain, num_bins)
     with torch.autocast(out.device.type, enabled=False):
@@ -54,7 +54,7 @@ def edge_features_streamed_backward(
 ) -> list[Tensor]:
     """The gradient of each part."""
     dtype = block_dtype(d_out)
-    split = Split(*(part.to(dtype) for part in parts))
+    split = prepare(Split(*parts), d_out)
     gradients = Split(*(zeros_like_wide(part) for part in parts))
     geometry = Geometry(positions, positions_sc, chain, num_bins)
     scratch, masks = Scratch(d_out, dtype), item_masks(mask, d_out.shape[0])

@@ -19,7 +19,7 @@ from ..common.pair_blocks import (
     relu_backward_,
     zeros_like_wide,
 )
-from ..common.row_blocks import Scratch
+from ..common.row_blocks import Scratch, block_dtype, norm_dtype
 from ..dtypes import widest
 
 
@@ -83,9 +83,13 @@ def split_exactly(nodes: Float[Tensor, "b n cn"], cz: int, *weights: Tensor) -> 
     return list(split(nodes.to(dtype), cz, *(weight.to(dtype) for weight in weights)))
 
 
-def prepare(parts: Split, dtype: torch.dtype) -> Split:
-    """The parts in the type in which blocks are multiplied; cast once, not once a block."""
-    return Split(*(part.to(dtype).contiguous() for part in parts))
+def prepare(parts: Split, z: Tensor) -> Split:
+    """The pairs' weights in the type in which blocks of z are multiplied; the residues' shares as they are."""
+    dtype, of_norm = block_dtype(z), norm_dtype(z)
+    types = {**dict.fromkeys(parts._fields, dtype), "norm_weight": of_norm, "norm_bias": of_norm}
+    for name in ("first_i", "first_j", "last_i", "last_j"):
+        types[name] = torch.promote_types(getattr(parts, name).dtype, dtype)
+    return Split._make(part.to(types[name]).contiguous() for name, part in parts._asdict().items())
 
 
 class Hidden(NamedTuple):
@@ -99,14 +103,25 @@ class Hidden(NamedTuple):
 def hidden_rows(parts: Split, i: int, rows: slice, z: Float[Tensor, "rows n cz"], scratch: Scratch) -> Hidden:
     """The perceptron and the last layer for a block; biases are laid down first and the products added onto them."""
     pairs = z.reshape(-1, z.shape[-1])
-    hidden, last = parts.weight_2.shape[0], parts.weight_out.shape[0]
-    first = add_rows(parts.first_i[i, rows], parts.first_j[i], scratch.take("first", pairs.shape[0], hidden))
+    hidden = parts.weight_2.shape[0]
+    first = _residues(parts.first_i[i, rows], parts.first_j[i], "first", z.dtype, scratch)
     relu_(first.addmm_(pairs, parts.weight_1.t()))
     second = scratch.take("second", pairs.shape[0], hidden)
     relu_(torch.addmm(parts.bias_2, first, parts.weight_2.t(), out=second))
-    out = add_rows(parts.last_i[i, rows], parts.last_j[i], scratch.take("last", pairs.shape[0], last))
+    out = _residues(parts.last_i[i, rows], parts.last_j[i], "last", z.dtype, scratch)
     out.addmm_(second, parts.weight_out.t()).addmm_(pairs, parts.weight_skip.t())
     return Hidden(first, second, out)
+
+
+def _residues(
+    rows: Float[Tensor, "rows c"], columns: Float[Tensor, "n c"], name: str, dtype: torch.dtype, scratch: Scratch
+) -> Float[Tensor, "pairs c"]:
+    """Lay down the residues' shares of every pair of a block: their sum, rounded once."""
+    shape = (rows.shape[0] * columns.shape[0], columns.shape[1])
+    if rows.dtype is dtype:
+        return add_rows(rows, columns, scratch.take(name, *shape))
+    wide = add_rows(rows, columns, scratch.take("residues", *shape, dtype=rows.dtype))
+    return scratch.take(name, *shape).copy_(wide)
 
 
 def forward_rows(

@@ -17,7 +17,7 @@ from ._rows import Split, backward_rows, forward_rows, hidden_rows, prepare, zer
 def edge_transition_streamed(z: Tensor, parts: list[Tensor], mask: Tensor | None, eps: float) -> Tensor:
     """Update z [b, n, n, cz]; `parts` are the fields of `Split`."""
     dtype = block_dtype(z)
-    prepared = prepare(Split(*parts), dtype)
+    prepared = prepare(Split(*parts), z)
     out = z.new_empty(*z.shape[:3], prepared.weight_out.shape[0])
     scratch, masks = Scratch(z, dtype), item_masks(mask, z.shape[0])
     with torch.autocast(z.device.type, enabled=False):
@@ -37,7 +37,7 @@ def edge_transition_streamed_backward(
 ) -> list[Tensor]:
     """The gradients of z and of each part, in this order."""
     dtype = block_dtype(z)
-    prepared = prepare(Split(*parts), dtype)
+    prepared = prepare(Split(*parts), z)
     gradients = zero_gradients(Split(*parts))
     dz = torch.empty_like(z, memory_format=torch.contiguous_format)
     scratch, masks = Scratch(z, dtype), item_masks(mask, z.shape[0])

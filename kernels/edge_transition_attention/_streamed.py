@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..common.double_backward import no_double_backward
 from ..common.pair_blocks import layer_norm_rows
-from ..common.row_blocks import Scratch, block_dtype, row_blocks
+from ..common.row_blocks import Scratch, attended_dtype, block_dtype, row_blocks
 from ..dtypes import item_masks
 from ..edge_transition import _rows as edge
 from ..invariant_point_attention import _rows as ipa
@@ -24,15 +24,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """One pass; the new rows go to `new_z`, which may be z itself: a block depends on its own rows alone."""
     dtype = block_dtype(z)
-    split = edge.prepare(edge.Split(*parts), dtype)
-    attending = ipa.Forward(q, k, v, bias_weight, mask, None, dtype)
+    split = edge.prepare(edge.Split(*parts), z)
+    attending = ipa.Forward(q, k, v, bias_weight, mask, None, attended_dtype(z))
     scratch, masks = Scratch(z, dtype), item_masks(mask, z.shape[0])
     with torch.autocast(z.device.type, enabled=False):
         for i, rows in row_blocks(z):
             block = edge.forward_rows(split, i, rows, z[i, rows].to(dtype), masks[i], eps, scratch)
             if new_z is not None:
                 new_z[i, rows] = block
-            attending.block(i, rows, block)
+            attending.block(i, rows, block.to(attended_dtype(z)))
     return attending.out, attending.pair
 
 
@@ -102,9 +102,9 @@ def fused_streamed_backward(
 ) -> list[Tensor]:
     """The gradients of z, q, k, v and bias_weight, then of each part. The new z is computed again, block by block."""
     dtype = block_dtype(z)
-    split = edge.prepare(edge.Split(*parts), dtype)
+    split = edge.prepare(edge.Split(*parts), z)
     gradients = edge.zero_gradients(edge.Split(*parts))
-    attending = ipa.Backward(d_out, d_pair, q, k, v, bias_weight, mask, None, dtype)
+    attending = ipa.Backward(d_out, d_pair, q, k, v, bias_weight, mask, None, attended_dtype(z))
     d_old = torch.empty_like(z, memory_format=torch.contiguous_format)
     scratch, masks = Scratch(z, dtype), item_masks(mask, z.shape[0])
     with torch.autocast(z.device.type, enabled=False):
@@ -112,7 +112,7 @@ def fused_streamed_backward(
             z_rows = z[i, rows].to(dtype)
             hidden = edge.hidden_rows(split, i, rows, z_rows, scratch)
             block = layer_norm_rows(hidden.last, split.norm_weight, split.norm_bias, rows, masks[i], eps)
-            d_block = attending.block_gradient(i, rows, block)
+            d_block = attending.block_gradient(i, rows, block.to(attended_dtype(z)))
             if d_z is not None:
                 d_block += d_z[i, rows]
             d_old[i, rows] = edge.backward_rows(

@@ -15,6 +15,9 @@ FEATURES = frozenset(
 )
 """What a kernel may ask about, under Linux's names; `neon` is what Linux calls asimd, `bf16` is ARM's."""
 
+#: Forces 16-bit products of 16-bit data `on` or `off`, whatever the processor has.
+FAST_VARIABLE = "FOLDKERNELS_FAST_16BIT"
+
 _ALIASES = {"asimd": "neon", "avx512_f": "avx512f"}
 
 
@@ -47,9 +50,25 @@ def amx() -> bool:
         return False
 
 
-@functools.lru_cache(maxsize=1)
 def fast_bfloat16() -> bool:
-    """Whether a bfloat16 matrix product on this CPU is natively fast; if not, it costs more than one in float32."""
+    """Whether 16-bit data are multiplied in 16 bits on this CPU: they are where that is natively fast.
+
+    Elsewhere a product in 16 bits costs more than one in float32. `FOLDKERNELS_FAST_16BIT` has the last word.
+
+    Raises:
+        ValueError: The variable is neither `on` nor `off`.
+    """
+    forced = os.environ.get(FAST_VARIABLE, "")
+    if not forced:
+        return natively_fast_bfloat16()
+    if forced not in ("on", "off"):
+        raise ValueError(f"{FAST_VARIABLE} is 'on' or 'off', not {forced!r}")
+    return forced == "on"
+
+
+@functools.lru_cache(maxsize=1)
+def natively_fast_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 matrix products, and PyTorch uses them."""
     if not torch.backends.mkldnn.is_available():
         return False
     has = features()
@@ -73,7 +92,7 @@ def memory_gib() -> float:
 
 def refresh() -> None:
     """Forget what was found."""
-    for function in (features, amx, fast_bfloat16):
+    for function in (features, amx, natively_fast_bfloat16):
         function.cache_clear()
 
 

@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..common.matmul import add_product_, write_product
+from ..common.matmul import add_product_, product_in, write_product
 from ..dtypes import widest
 
 #: A logit that no key can win with. Finite, so that a row without any keys stays finite until it is set to zero.
 NEVER = -1e30
+#: The pair representation's share of the logits, of three terms that enter with equal variance.
+_BIAS_SCALE = sqrt(1 / 3)
 
 
 class Lifted(NamedTuple):
@@ -85,7 +87,7 @@ class Forward:
         b, h, n, _ = q.shape
         self.q, self.v, self.there, self.pair_mask = q, v, there, pair_mask
         self.k_transposed = k.transpose(2, 3).contiguous()
-        self.weight = (sqrt(1 / 3) * bias_weight.to(q.dtype)).to(dtype)
+        self.weight = bias_weight.to(dtype)  # not scaled: 16 bits would round that
         self.out = q.new_empty(b, h, n, v.shape[-1])
         self.pair = q.new_empty(b, n, h, bias_weight.shape[1])
 
@@ -97,7 +99,7 @@ class Forward:
         q = self.q[i, :, rows]
         logits = q.new_empty(q.shape[1], q.shape[0], z.shape[1])
         write_product(q, self.k_transposed[i], logits.transpose(0, 1))
-        add_product_(logits, self.weight.expand(z.shape[0], -1, -1), z.transpose(1, 2))
+        add_product_(logits, self.weight.expand(z.shape[0], -1, -1), z.transpose(1, 2), _BIAS_SCALE)
         if self.pair_mask is not None:
             logits.masked_fill_(~self.pair_mask[i, rows, None], NEVER)
         return torch.softmax(logits, -1, out=logits)
@@ -108,7 +110,7 @@ class Forward:
         gone = ~self.there[i, rows]
         out, pair = self.out[i, :, rows], self.pair[i, rows]
         out.copy_(torch.bmm(attention.transpose(0, 1), self.v[i])).masked_fill_(gone[None, :, None], 0.0)
-        pair.copy_(torch.bmm(attention.to(z.dtype), z)).masked_fill_(gone[:, None, None], 0.0)
+        pair.copy_(product_in(pair.dtype, attention.to(z.dtype), z)).masked_fill_(gone[:, None, None], 0.0)
 
 
 class Backward(Forward):
@@ -136,8 +138,8 @@ class Backward(Forward):
         self.d_out = d_out.masked_fill(~there[:, None, :, None], 0.0)
         self.d_pair = d_pair.masked_fill(~there[:, :, None, None], 0.0)
         self.k, self.v_transposed = k, v.transpose(2, 3).contiguous()
-        self.scaled_weight = sqrt(1 / 3) * bias_weight.to(q.dtype)
         self.dq, self.dk, self.dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        self.scaled_weight = _BIAS_SCALE * bias_weight.to(q.dtype)
         self.d_weight = torch.zeros_like(bias_weight, dtype=q.dtype)
 
     def block_gradient(self, i: int, rows: slice, z: Float[Tensor, "rows n cz"]) -> Float[Tensor, "rows n cz"]:
@@ -155,7 +157,7 @@ class Backward(Forward):
         self.dq[i, :, rows] = torch.bmm(by_head, self.k[i])
         add_product_(self.dk[i], by_head.transpose(1, 2), self.q[i, :, rows])
         add_product_(self.dv[i], attention.permute(1, 2, 0), d_out)
-        self.d_weight += torch.bmm(d_logits.to(z.dtype), z).sum(0, dtype=self.d_weight.dtype)
+        self.d_weight += product_in(self.d_weight.dtype, d_logits.to(z.dtype), z).sum(0)
         # The logits' and the pair values' share of z's gradient in one product: [dL | a] @ [W_b ; dO].
         left = torch.cat([d_logits, attention], dim=1).to(z.dtype)
         right = torch.cat([self.scaled_weight.expand(z.shape[0], -1, -1), d_pair], dim=1).to(z.dtype)
@@ -163,4 +165,4 @@ class Backward(Forward):
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The gradients of q, k, v and bias_weight."""
-        return self.dq, self.dk, self.dv, sqrt(1 / 3) * self.d_weight
+        return self.dq, self.dk, self.dv, _BIAS_SCALE * self.d_weight

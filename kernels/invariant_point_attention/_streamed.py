@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.double_backward import no_double_backward
-from ..common.row_blocks import block_dtype, row_blocks
+from ..common.row_blocks import attended_dtype, row_blocks
 from ._rows import Backward, Forward
 
 
@@ -17,7 +17,7 @@ def ipa_streamed(
     q: Tensor, k: Tensor, v: Tensor, z: Tensor, bias_weight: Tensor, there: Tensor, pair_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Attend with lifted q, k [b, h, n, d] and v [b, h, n, dv]; `there` [b, n] is False for queries that get zeros."""
-    dtype = block_dtype(z)
+    dtype = attended_dtype(z)
     attending = Forward(q, k, v, bias_weight, there, pair_mask, dtype)
     with torch.autocast(q.device.type, enabled=False):
         for i, rows in row_blocks(z):
@@ -44,7 +44,7 @@ def ipa_streamed_backward(
     pair_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, z and bias_weight."""
-    dtype = block_dtype(z)
+    dtype = attended_dtype(z)
     backward = Backward(d_out, d_pair, q, k, v, bias_weight, there, pair_mask, dtype)
     dz = torch.empty_like(z, memory_format=torch.contiguous_format)
     with torch.autocast(q.device.type, enabled=False):

@@ -350,7 +350,7 @@ def _motion(item: Item, case: Case) -> accuracy.Check:
     truth, _ = _truth_and_plain(item, case)
     expected = plain = accuracy.Ran(move(case, truth.outputs, motion), {}, truth.kernels)
     if item.kernel != DEFINITION:  # which is compared with itself, in float64, and so must not move at all
-        plain = accuracy.run(motion.case, DEFINITION, dtype, device=item.device, backward=False)
+        plain = accuracy.run_plain(motion.case, dtype, device=item.device, backward=False)
     beside = (expected, plain)
     return accuracy.check(
         motion.case, item.kernel, dtype, device=item.device, backward=False, beside=beside, precision=_rounded(item)

@@ -37,8 +37,12 @@ class Forward:
     ) -> None:
         self.z, self.mask, self.eps, self.given = z, mask, eps, Weights._make((*weights, gate_bias, out_bias))
         self.dtype = block_dtype(z)
+        self.wide = torch.promote_types(self.dtype, torch.float32)
+        # What is added to a product, or multiplied onto one, is not rounded first.
         self.w = self.given.to(self.dtype)._replace(
-            norm_weight=self.given.norm_weight.to(norm_dtype(z)), norm_bias=self.given.norm_bias.to(norm_dtype(z))
+            norm_weight=self.given.norm_weight.to(norm_dtype(z)),
+            norm_bias=self.given.norm_bias.to(norm_dtype(z)),
+            gate_bias=None if gate_bias is None else gate_bias.to(self.wide),
         )
         # One product for all four: the same block is read once, and the product is as wide as processors like it.
         self.packed: Float[Tensor, "4*h*d cz"] = torch.cat([self.w.q, self.w.k, self.w.v, self.w.gate])
@@ -51,9 +55,9 @@ class Forward:
         return torch.layer_norm(x, x.shape[-1:], self.w.norm_weight, self.w.norm_bias, self.eps).flatten(0, 1)
 
     def project(self, x: Float[Tensor, "pairs cz"], rows: int) -> tuple[Float[Tensor, "4 r h m d"], Tensor]:
-        """Queries, keys, values and gate by head, and the gate again as the layers see it, [pairs, h * d]."""
+        """Queries, keys and values by head, and the gate as the layers see it, [pairs, h * d], in float32 at least."""
         projected = x @ self.packed.t()
-        gate = projected.view(len(x), 4, -1)[:, 3]
+        gate = projected.view(len(x), 4, -1)[:, 3].to(self.wide)
         if self.w.gate_bias is not None:
             gate += self.w.gate_bias
         gate.sigmoid_()
@@ -64,7 +68,7 @@ class Forward:
         given = self.z[i, rows]
         x = self.normed(given)
         (q, k, v, _), gate = self.project(x, len(given))
-        attended = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        attended = torch.empty_like(gate, dtype=self.dtype, memory_format=torch.contiguous_format)
         out = attended.view(*given.shape[:2], self.bias.shape[1], -1).transpose(1, 2)
         attend(q, k, v, self.bias[i], None if self.mask is None else self.mask[i, rows], out)
         attended *= gate
@@ -104,7 +108,7 @@ class Backward(Forward):
         d_gated = d_last @ self.w.out
         d_projected = torch.empty(len(x), len(self.packed), dtype=self.dtype, device=x.device)
         d_q, d_k, d_v, _ = by_head(d_projected, r, self.bias.shape[1])
-        attended = torch.empty_like(d_gated)
+        attended = torch.empty_like(gate, memory_format=torch.contiguous_format)
         attend_backward(
             (d_gated * gate).view(r, m, self.bias.shape[1], -1).transpose(1, 2),
             q,
@@ -118,9 +122,9 @@ class Backward(Forward):
             self.d_bias[i],
             attended.view(r, m, self.bias.shape[1], -1).transpose(1, 2),
         )
-        d_gate = d_projected.view(len(x), 4, -1)[:, 3]
-        d_gate.copy_(torch.ops.aten.sigmoid_backward(d_gated.mul_(attended), gate))
-        accumulate_(self.d_out, d_last.t(), attended.mul_(gate))
+        d_gate = torch.ops.aten.sigmoid_backward(d_gated.to(self.wide).mul_(attended), gate)
+        d_projected.view(len(x), 4, -1)[:, 3] = d_gate
+        accumulate_(self.d_out, d_last.t(), attended.mul_(gate).to(self.dtype))
         accumulate_(self.d_packed, d_projected.t(), x)
         if self.w.gate_bias is not None:
             self.d_gate_bias += d_gate.sum(0, dtype=self.d_gate_bias.dtype)

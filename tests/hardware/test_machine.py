@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from foldkernels.kernels.common.row_blocks import block_dtype
 from foldkernels.kernels.hardware import cpu, machine, packages
 
 NAMES = ("triton", "trifast", "flash_attn", "cuequivariance_torch", "cuequivariance_ops_torch", "esm", "standin")
@@ -287,6 +288,8 @@ def test_amx_needs_the_systems_leave(monkeypatch):
     monkeypatch.setattr(cpu, "_cpuinfo", lambda key: lines.get(key, ""))
     monkeypatch.setattr(cpu.platform, "system", lambda: "Linux")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)  # this machine's own
+    monkeypatch.delenv(cpu.FAST_VARIABLE, raising=False)
     for granted in (True, False):
         monkeypatch.setattr(torch.cpu, "_init_amx", lambda granted=granted: granted)
         machine.refresh()
@@ -296,7 +299,22 @@ def test_amx_needs_the_systems_leave(monkeypatch):
     machine.refresh()
 
 
+@pytest.mark.parametrize("natively", [True, False])
+def test_fast_products_can_be_forced(natively, monkeypatch):
+    """A machine without 16-bit products runs what one with them runs, and the other way round."""
+    monkeypatch.setattr(cpu, "natively_fast_bfloat16", lambda: natively)
+    z = torch.empty(0, dtype=torch.bfloat16)
+    for forced, expected in (("on", True), ("off", False), ("", natively)):
+        monkeypatch.setenv(cpu.FAST_VARIABLE, forced)
+        assert machine.fast_bfloat16() is expected
+        assert block_dtype(z) is (torch.bfloat16 if expected else torch.float32)
+    monkeypatch.setenv(cpu.FAST_VARIABLE, "maybe")
+    with pytest.raises(ValueError, match="FOLDKERNELS_FAST_16BIT is 'on' or 'off', not 'maybe'"):
+        machine.fast_bfloat16()
+
+
 def test_a_mac_is_not_taken_for_fast(monkeypatch):
+    monkeypatch.delenv(cpu.FAST_VARIABLE, raising=False)
     monkeypatch.setattr(cpu.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(cpu.platform, "machine", lambda: "arm64")
     monkeypatch.setattr(cpu, "_sysctl", lambda key: "1" if key == "hw.optional.arm.FEAT_BF16" else "Apple M3")

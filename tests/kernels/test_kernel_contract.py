@@ -160,11 +160,11 @@ def test_blocks_of_uneven_size(operation, kernel, dtype, variant, rows, monkeypa
     n = 7
     case, size = case_for(operation, kernel, n, variant, dtype, "cpu")
     truth, plain = truth_and_plain(operation, n, variant, size, dtype, "cpu")
-    _shrink_blocks(monkeypatch, n, rows)
+    shrink_blocks(monkeypatch, n, rows)
     assert_all_as_good(run(case, kernel, dtype, variant=variant), plain, truth, dtype)
 
 
-def _shrink_blocks(monkeypatch: pytest.MonkeyPatch, n: int, rows: int) -> None:
+def shrink_blocks(monkeypatch: pytest.MonkeyPatch, n: int, rows: int) -> None:
     threads = torch.get_num_threads()
     pairs = -(-rows * n // threads)
     monkeypatch.setattr(blocks, "_PAIRS_PER_THREAD", dict.fromkeys((torch.float32, torch.float64), pairs))
@@ -260,10 +260,9 @@ def test_second_derivative_of_the_reference(operation):
 def test_the_rule_sees_what_it_is_there_for():
     """Errors planted in a copy of plain PyTorch's result: each is seen."""
     for operation, dtype in itertools.product(sorted(BUILDERS), DTYPES):
-        if (operation.startswith("triangle") or operation == "attention_pair_bias") and dtype is torch.bfloat16:
-            continue  # some of their gradients cancel to rounding there
         truth, plain = truth_and_plain(operation, 17, "masked", 0, dtype, "cpu")
-        for spoil in (_scaled, _one_missing, _a_nan):
+        # Of a gradient behind a ReLU, bfloat16 moves single entries by a fifth of the largest.
+        for spoil in (_scaled_by_a_third if dtype is torch.bfloat16 else _scaled, _one_missing, _a_nan):
             for which in range(len(plain.outputs)):
                 outputs = tuple(spoil(out) if i == which else out for i, out in enumerate(plain.outputs))
                 with pytest.raises(AssertionError, match="output"):
@@ -279,6 +278,10 @@ def test_the_rule_sees_what_it_is_there_for():
 
 def _scaled(x: Tensor) -> Tensor:
     return x * 1.03
+
+
+def _scaled_by_a_third(x: Tensor) -> Tensor:
+    return x * (4 / 3)
 
 
 def _one_missing(x: Tensor) -> Tensor:

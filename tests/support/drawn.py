@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from foldkernels.kernels.testing import accuracy
 from foldkernels.kernels.testing.cases.builders import make
 from foldkernels.kernels.testing.cases.case import Case
 from foldkernels.kernels.testing.cases.random_inputs import Draws
+from foldkernels.kernels.testing.rounded_operators import plain_pytorch
 
 #: What each operation's builder takes besides sizes, and from where that is drawn.
 FEATURES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
@@ -95,6 +96,11 @@ class Call:
     silent: frozenset[int]
     rows: int | None
     seed: int
+
+    @property
+    def computed_in(self) -> torch.dtype:
+        """What its results are rounded to."""
+        return torch.bfloat16 if self.mode == "autocast" else self.dtype
 
     def case(self) -> Case:
         """Its tensors, contiguous and in float64."""
@@ -219,8 +225,15 @@ def _other(value: Tensor) -> Tensor:
 # Running --------------------------------------------------------------------------------------------------------------
 
 
-def run(call: Call, case: Case, kernel: str, *, wide: bool) -> accuracy.Ran:
-    """Run a call under a kernel; `wide` holds the inputs, rounded alike, in float64.
+def run(call: Call, case: Case, kernel: str, *, wide: bool = False, plain: bool = False) -> accuracy.Ran:
+    """Run a call under a kernel.
+
+    Args:
+        call: As drawn.
+        case: Its tensors.
+        kernel: The kernel's name.
+        wide: Hold the inputs, rounded alike, in float64.
+        plain: Compute as plain PyTorch does, which rounds each operator's result where that has 16 bits.
 
     Raises:
         AssertionError: Another kernel ran, or an input was changed.
@@ -240,6 +253,7 @@ def run(call: Call, case: Case, kernel: str, *, wide: bool) -> accuracy.Ran:
             leaves[name] = leaf.requires_grad_() if name in call.wanted and _asks(call) else leaf
             x[name] = view(leaf)
     before = {name: leaf.detach().clone() for name, leaf in leaves.items()}
+    coordinates = [leaf for name, leaf in leaves.items() if name in case.points]
     torch.manual_seed(call.seed)
     with (
         _blocks_of(call),
@@ -248,6 +262,7 @@ def run(call: Call, case: Case, kernel: str, *, wide: bool) -> accuracy.Ran:
         torch.autocast("cpu", torch.bfloat16, enabled=autocast and not wide),
         accuracy.required(case.operation, kernel) as config,
         registry.record_kernels() as ran,
+        plain_pytorch(call.computed_in, coordinates) if plain else nullcontext(),
     ):
         outputs = case.call(x, config)
         found = _gradients(call, outputs, leaves)
@@ -297,12 +312,12 @@ def _blocks_of(call: Call) -> Iterator[None]:
 def misses(call: Call) -> list[accuracy.Verdict]:
     """What a call gives that the rule does not pass: at most twice plain PyTorch's error, and the floor."""
     case = call.case()
-    dtype = torch.bfloat16 if call.mode == "autocast" else call.dtype
+    dtype = call.computed_in
     # Every gradient of the truth: one that is nothing but rounding is measured by what cancelled in it.
     everything = replace(call, wanted=frozenset(wanted_of(case)))
     truth = run(everything, case, "reference", wide=True)
-    plain = run(call, case, "reference", wide=False)
-    got = plain if call.kernel == "reference" else run(call, case, call.kernel, wide=False)
+    plain = run(call, case, "reference", plain=True)
+    got = run(call, case, call.kernel)
     largest = max((float(g.abs().max()) for g in truth.gradients.values() if g.numel()), default=0.0)
     truth.gradients = {name: truth.gradients[name] for name in got.gradients}
     verdicts = accuracy.judge(got, plain, truth, dtype)

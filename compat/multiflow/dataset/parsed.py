@@ -26,7 +26,7 @@ from ..structures.chain_atoms import ChainAtoms, read_atoms
 from ..structures.residue_types import MASK, types_from_sequence
 
 #: Part of every key of the cache: raised whenever what is kept of a file, or how it is read, changes.
-PARSER_VERSION = 2
+PARSER_VERSION = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +68,13 @@ class ParsedFile:
         chains: In the file's order; none where no chain has a residue of known type with a frame.
         resolution: Angstrom; None where the file states none.
         unusable: A line for each chain of amino acids that was left out.
+        notes: What the file leaves open, and how it was read: a line each.
     """
 
     chains: tuple[ParsedChain, ...]
     resolution: float | None
     unusable: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def parse(path: Path) -> ParsedFile:
@@ -97,7 +99,7 @@ def parse(path: Path) -> ParsedFile:
             )
         else:
             chains.append(chain)
-    return ParsedFile(tuple(chains), file.resolution, tuple(unusable))
+    return ParsedFile(tuple(chains), file.resolution, tuple(unusable), file.notes)
 
 
 def _parse_chain(part: ChainAtoms) -> ParsedChain | None:
@@ -195,6 +197,7 @@ def _to_bytes(parsed: ParsedFile) -> bytes:
             "chains": [(chain.name, chain.num_res) for chain in parsed.chains],
             "resolution": parsed.resolution,
             "unusable": parsed.unusable,
+            "notes": parsed.notes,
         }
     )
     # One entry: several are written in an order that changes.
@@ -226,6 +229,6 @@ def _load(entry: Path) -> ParsedFile | None:
         chains = []
         for (name, num_res), stop in zip(about["chains"], stops, strict=True):
             chains.append(ParsedChain(name, **{key: array[stop - num_res : stop] for key, array in arrays.items()}))
-        return ParsedFile(tuple(chains), about["resolution"], tuple(about["unusable"]))
+        return ParsedFile(tuple(chains), about["resolution"], tuple(about["unusable"]), tuple(about["notes"]))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
         return None

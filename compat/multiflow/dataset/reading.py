@@ -80,7 +80,7 @@ def read_folder(
             advance()
     examples, skipped = reading.result(paths)
     lengths = tuple(example.num_res for example in examples)
-    return examples, DataReport(str(folder), len(paths), lengths, tuple(skipped))
+    return examples, DataReport(str(folder), len(paths), lengths, tuple(skipped), reading.notes(paths))
 
 
 class _Warming(Dataset[int]):
@@ -107,6 +107,7 @@ class _Reading:
         self._examples: dict[Path, list[Example]] = {}
         self._skipped: dict[Path, list[Skipped]] = {}
         self._radii: dict[str, float] = {}
+        self._notes: dict[Path, list[str]] = {}
 
     def add(self, path: Path, cache: StructureCache) -> None:
         """Reads a file, and notes what of it is used."""
@@ -118,6 +119,7 @@ class _Reading:
             detail = error.message.removeprefix(str(path)).lstrip(": ")
             skipped.append(Skipped(name, "cannot be read", detail))
             return
+        self._notes[path] = [f"{name}: {note}" for note in parsed.notes]
         objection = against_file(parsed, self._config)
         if objection is not None:
             skipped.append(Skipped(name, *objection))
@@ -145,6 +147,10 @@ class _Reading:
             else:
                 candidates.append((label, (place,)))
         return candidates
+
+    def notes(self, paths: Sequence[Path]) -> tuple[str, ...]:
+        """What files leave open, in the order of the files."""
+        return tuple(note for path in paths for note in self._notes.get(path, ()))
 
     def result(self, paths: Sequence[Path]) -> tuple[list[Example], list[Skipped]]:
         """What is used and what is not, in the order of the files."""

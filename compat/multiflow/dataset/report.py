@@ -35,12 +35,14 @@ class DataReport:
         files: How many structure files it holds.
         lengths: Number of residues of each example that is used.
         skipped: What is not used.
+        notes: What files leave open, and how they were read; a line each, with the file's name.
     """
 
     folder: str
     files: int
     lengths: tuple[int, ...]
     skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -69,11 +71,18 @@ class DataReport:
             "lengths": [{"from": low, "to": high, "examples": count} for low, high, count in self.histogram()],
             "reasons": self.reasons,
             "skipped": [{"source": skip.source, "reason": skip.reason, "detail": skip.detail} for skip in self.skipped],
+            "notes": list(self.notes),
         }
 
     def skipped_text(self, most_shown: int = _MOST_SHOWN) -> str:
         """What was left out: a line for each reason with its count, and below it the first few."""
         return "\n".join(self._skipped_lines(most_shown))
+
+    def notes_text(self, most_shown: int = _MOST_SHOWN) -> str:
+        """The first few notes, a line each, and the number of the others."""
+        lines = [f"  {note}" for note in self.notes[:most_shown]]
+        lines += [f"  ... and {len(self.notes) - most_shown} more"] if len(self.notes) > most_shown else []
+        return "\n".join(lines)
 
     def _skipped_lines(self, most_shown: int) -> Iterator[str]:
         for reason, count in self.reasons.items():
@@ -92,6 +101,8 @@ class DataReport:
             lines += ["lengths:", *_bars(self.histogram())]
         if self.skipped:
             lines += [f"left out: {len(self.skipped)}", *(f"  {line}" for line in self._skipped_lines(_MOST_SHOWN))]
+        if self.notes:
+            lines += [f"notes: {len(self.notes)}", self.notes_text()]
         return "\n".join(lines)
 
 

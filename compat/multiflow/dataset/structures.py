@@ -71,7 +71,7 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         BadInput: A setting is wrong, there is no structure file, or none can be used; the message says why.
 
     Warns:
-        UserWarning: Something was left out, or nothing can be kept in the cache.
+        UserWarning: Something was left out, files leave something open, or nothing can be kept in the cache.
     """
 
     def __init__(
@@ -99,6 +99,11 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
                 warnings.warn(
                     f"{folder}: {len(self.examples)} example(s) are used, and left out are\n"
                     f"{self.report.skipped_text()}",
+                    stacklevel=2,
+                )
+            if self.report.notes:
+                warnings.warn(
+                    f"{folder}: {len(self.report.notes)} note(s) on how files were read\n{self.report.notes_text()}",
                     stacklevel=2,
                 )
             if self._cache.problem is not None:

@@ -83,8 +83,11 @@ def read_structure(
     wanted = None if chain is None else ([chain] if isinstance(chain, str) else list(chain))
     file = read_atoms(path, wanted)
     for name in wanted or ():
-        if name not in file.names:
-            raise BadInput(f"{path} has no chain {name!r}: it has {', '.join(file.names) or 'none'}")
+        if name not in file.answered:
+            named = ", ".join(own or "one without a name" for own in file.names)
+            raise BadInput(f"{path} has no chain {name!r}: it has {named}", "pass one of these to --chain")
+    for note in file.notes:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
 
     skipped = [fault for part in file.chains for fault in part.faults.values()]
     parts = [(part, part.has_frame) for part in file.chains if part.has_frame.any()]

@@ -32,7 +32,7 @@ def hostile(folder: Path) -> set[str]:
     (folder / "binary.pdb").write_bytes(np.random.default_rng(0).bytes(9999))
     (folder / "words.pdb").write_text("not a protein\n" * 30)
     (folder / "truncated.pdb.gz").write_bytes(gzip.compress(text.encode())[:-40])
-    (folder / "not_gzipped.cif.gz").write_text(text)
+    (folder / "not_gzipped.cif.gz").write_text("not a protein\n" * 30)
     (folder / "truncated.cif").write_text("data_x\nloop_\n_atom_site.id\n_atom_site.type_symbol\n1")
     (folder / "nothing_in_it.cif").write_text("data_x\n_cell.length_a 1\n")
     lines = text.splitlines(keepends=True)
@@ -62,7 +62,7 @@ def test_files_that_are_no_use_are_reported_and_skipped(folder: Path, settings: 
     (folder / "loop").symlink_to(folder)
     (folder / "dangling.pdb").symlink_to(folder / "nowhere")
     bad.add("dangling.pdb")
-    with pytest.warns(UserWarning, match=r"2 example\(s\) are used, and left out are\n.*: 8\n") as warned:
+    with pytest.warns(UserWarning, match=r"2 example\(s\) are used, and left out are\n.*: 13\n") as warned:
         data = StructureDataset(folder, settings())
     assert len(warned) == 1
     assert [example.name for example in data.examples] == ["folder.pdb/good.pdb:A", "good.pdb:A"]
