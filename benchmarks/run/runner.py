@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import BadInput
-from ..measure import statistics as figures
+from ..measure import statistics
 from ..measure.fresh_process import EXACT_MEMORY
 from ..report.results import FAILED, MEASURED, NO_TIME, UNAVAILABLE, Row
 from .plan import START_S, Known, Plan, chosen
@@ -211,7 +211,7 @@ class Run:
                     found[side]["memory_mb"] = self._peak(peaks, spec, side, point, guess, stop, taken)
             self._to_do.pop(0)
             if timed:
-                calls = [figures.spread(found[side]["seconds"]).median / 1e3 for side in timed]
+                calls = [statistics.spread(found[side]["seconds"]).median / 1e3 for side in timed]
                 known.learn(point, calls, self.plan.rounds, taken.seconds - taken.checking)
                 self._took, self._guessed = self._took + taken.seconds, self._guessed + guess
             late = [row for row in found.values() if row.get("status") == NO_TIME]
@@ -343,7 +343,7 @@ class Run:
             names = ("error", "plain_error", "allowed_error", "memory_mb")
             more: dict[str, Any] = {name: _finite(row.get(name)) for name in names}
             if side in timed:
-                taken = figures.spread(row["seconds"])
+                taken = statistics.spread(row["seconds"])
                 more |= {
                     "ms": taken.median,
                     "low_ms": taken.low,
@@ -355,7 +355,7 @@ class Run:
                     "baseline": baseline,
                 }
                 three = ("ratio", "ratio_low", "ratio_high")
-                more |= dict(zip(three, figures.ratio(found[baseline]["seconds"], row["seconds"]), strict=True))
+                more |= dict(zip(three, statistics.ratio(found[baseline]["seconds"], row["seconds"]), strict=True))
             rows.append(
                 Row(
                     kind=kind,

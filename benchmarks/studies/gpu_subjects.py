@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foldkernels.kernels.testing import accuracy
-from foldkernels.kernels.testing import contract_grid as grid
+from foldkernels.kernels.testing import accuracy, contract_grid
 from foldkernels.kernels.testing.cases.builders import SIZES, make
 from foldkernels.kernels.testing.cases.case import Case
 
@@ -157,8 +156,8 @@ def check_operation(item: Item, device: str, n: int, variant: str, size: int, **
     What fails is in the words of a red check.
     """
     dtype = item.dtype
-    case = grid.build(of(item), n, variant, size, **more)
-    truth, plain = grid.truth_and_plain(of(item), n, variant, size, dtype, device, tuple(more.items()))
+    case = contract_grid.build(of(item), n, variant, size, **more)
+    truth, plain = contract_grid.truth_and_plain(of(item), n, variant, size, dtype, device, tuple(more.items()))
     got, again = (accuracy.run(case, item.side, dtype, variant=variant, device=device) for _ in range(2))
     true, ours = truth.named(), got.named()
     errors = {name: accuracy.error(ours[name], x) / max(float(x.abs().max()), 1e-30) for name, x in true.items()}
@@ -182,8 +181,8 @@ def check_operation(item: Item, device: str, n: int, variant: str, size: int, **
 def forget() -> None:
     """Let go of cases and of what they gave: their memory is not that of what is measured next."""
     published.cache_clear()
-    grid.build.cache_clear()
-    grid.truth_and_plain.cache_clear()
+    contract_grid.build.cache_clear()
+    contract_grid.truth_and_plain.cache_clear()
 
 
 # Layers and the model -------------------------------------------------------------------------------------------------

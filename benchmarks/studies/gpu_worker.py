@@ -25,8 +25,7 @@ from foldkernels.kernels.testing.accuracy import reasons
 from foldkernels.kernels.testing.cases.builders import PUBLISHED, has_example
 from foldkernels.kernels.testing.cases.case import Case
 
-from . import gpu_subjects
-from . import rows as measure
+from . import gpu_subjects, rows
 from .gpu_subjects import SAMPLING_STEPS, Item
 
 #: Lengths and layouts of the thinned contract grid.
@@ -98,7 +97,7 @@ class Worker:
                 chosen = tuple(self._chosen(registry, name, long_case(name).dims, word) for name in both)
                 presets.setdefault(chosen, word)
         return {
-            "machine": {**asdict(measure.machine()), **self._gpu()},
+            "machine": {**asdict(rows.machine()), **self._gpu()},
             "kernels": kernels,
             # Whose first call takes seconds.
             "compiled": {

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foldkernels.benchmarks.run import correctness as judging
+from foldkernels.benchmarks.run import correctness
 from foldkernels.benchmarks.run.random_models import draw_chains, draw_weights
 
 from . import original_formulas, side_by_side
@@ -334,7 +334,7 @@ def judge(
     ours: Mapping[str, Tensor],
 ) -> tuple[bool, str]:
     """Compare what `results` found on three sides; see `check` for the rule."""
-    found = judging.judge(component == "model", precision, truth, theirs, ours)
+    found = correctness.judge(component == "model", precision, truth, theirs, ours)
     return found.passed, found.words
 
 

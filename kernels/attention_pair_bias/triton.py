@@ -18,7 +18,7 @@ def run(
     projection: PairProjection | None = None,
 ) -> Float[Tensor, "s n h d"]:
     """Project the bias, then attend: the sequences that share a bias are its rows."""
-    from ._triton import attention_pair_bias_triton
+    from ._launch import attention_pair_bias_triton
 
     bias = project(pairs, projection)
     b = bias.shape[0]
@@ -29,7 +29,7 @@ def run(
 
 
 def load() -> KernelFunction:
-    from . import _triton  # noqa: F401 - here, so that a Triton that cannot be imported is found while choosing
+    from . import _launch  # noqa: F401 - here, so that a Triton that cannot be imported is found while choosing
 
     return run
 

@@ -12,18 +12,17 @@ from triton.runtime.errors import OutOfResources
 
 from ..common.double_backward import no_double_backward
 from ..hardware import machine
-from ..triton_tools import _language as _triton_common
+from ..triton_tools import _language
 from ..triton_tools._language import INTERPRETED
 from ..triton_tools.tile_cache import TileCache, length_class, source_of
-from . import _triton_backward as _biased_attention_backward_triton
-from . import _triton_forward as _biased_attention_triton
+from . import _triton_backward, _triton_forward
 from ._tiles import Tile, tiles_for, width
 from ._triton_forward import KERNELS
 
 _ALIGNED = 16  # elements; Triton reads in vectors where a size is a multiple of this
 _PROGRAMS = 512  # enough for the largest chip; more only where the rows must be split for it
 _CHIP_OF_THE_INTERPRETER = (8, 0)
-_SOURCE = source_of(_biased_attention_triton, _biased_attention_backward_triton, _triton_common)
+_SOURCE = source_of(_triton_forward, _triton_backward, _language)
 Result = TypeVar("Result")
 
 

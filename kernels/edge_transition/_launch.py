@@ -12,17 +12,17 @@ from triton.runtime.errors import OutOfResources
 from ..common.matmul import accumulate_
 from ..common.row_blocks import row_blocks
 from ..hardware import machine
-from ..triton_tools import _language as _triton_common
+from ..triton_tools import _language
 from ..triton_tools._language import INTERPRETED
 from ..triton_tools.tile_cache import TileCache, length_class, source_of
-from . import _triton as _kernels
+from . import _triton
 from ._autograd import differentiate
 from ._rows import Split
 from ._tiles import Tile, tiles_for, widths
 from ._triton import KERNELS
 
 _CHIP_OF_THE_INTERPRETER = (8, 0)
-_TILES = TileCache("edge_transition", source_of(_kernels, _triton_common), OutOfResources)
+_TILES = TileCache("edge_transition", source_of(_triton, _language), OutOfResources)
 Result = TypeVar("Result")
 
 

@@ -32,7 +32,7 @@ def run(
 
 
 def load() -> KernelFunction:
-    from . import _launch as _triton  # noqa: F401 - here, so that a Triton that cannot be imported is found while choosing
+    from . import _launch  # noqa: F401 - here, so that a Triton that cannot be imported is found while choosing
 
     return run
 

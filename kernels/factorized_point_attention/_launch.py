@@ -10,7 +10,7 @@ from triton.runtime.errors import OutOfResources
 
 from ..common.double_backward import no_double_backward
 from ..hardware import machine
-from ..triton_tools import _language as _triton_common
+from ..triton_tools import _language
 from ..triton_tools._language import INTERPRETED
 from ..triton_tools.tile_cache import TileCache, length_class, source_of
 from . import _triton
@@ -18,7 +18,7 @@ from ._tiles import Tile, chunks, tiles_for, width
 from ._triton import KERNELS
 
 _CHIP_OF_THE_INTERPRETER = (8, 0)
-_TILES = TileCache("factorized_point_attention", source_of(_triton, _triton_common), OutOfResources)
+_TILES = TileCache("factorized_point_attention", source_of(_triton, _language), OutOfResources)
 
 
 def _whole(x: Tensor) -> Tensor:

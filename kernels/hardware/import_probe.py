@@ -4,7 +4,7 @@
 (cuEquivariance on compute capability 10.3, a driver that does not answer). It therefore imports the standard library
 only, and nothing of ours.
 
-Usage: `python -P probe.py REQUEST RESULTS LOG`. REQUEST is a JSON file, `{"path": sys.path, "packages": [...]}`.
+Usage: `python -P import_probe.py REQUEST RESULTS LOG`. REQUEST is a JSON file, `{"path": sys.path, "packages": [...]}`.
 RESULTS gets one JSON line for each package that is done, so that a crash belongs to the next one. LOG is where standard
 output and standard error write to: its text belongs to the package in hand.
 """

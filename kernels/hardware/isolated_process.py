@@ -1,4 +1,4 @@
-"""Tries packages in another process, which may die in our place: starts `probe.py`, watches it, reads what it found."""
+"""Tries packages in another process, which may die in our place: starts `import_probe.py`, watches it, reads what it found."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import import_probe as probe
+from . import import_probe
 
 TIMEOUT_VARIABLE = "FOLDKERNELS_PROBE_TIMEOUT"
 TIMEOUT_S = 180.0
@@ -53,7 +53,7 @@ class Finding:
 
 def try_here(candidate: Candidate) -> Finding:
     """Examine a package in this process."""
-    return _finding(probe.examine(candidate.modules, candidate.having, candidate.distributions))
+    return _finding(import_probe.examine(candidate.modules, candidate.having, candidate.distributions))
 
 
 def try_apart(candidates: Sequence[Candidate]) -> dict[Candidate, Finding]:
@@ -70,7 +70,7 @@ def can_start_python() -> bool:
 
 
 def _run(candidates: Sequence[Candidate]) -> dict[Candidate, Finding]:
-    """Run `probe.py` once. At least one candidate is found out about, whatever happens."""
+    """Run `import_probe.py` once. At least one candidate is found out about, whatever happens."""
     packages = [
         {"modules": candidate.modules, "having": candidate.having, "distributions": candidate.distributions}
         for candidate in candidates
@@ -80,8 +80,9 @@ def _run(candidates: Sequence[Candidate]) -> dict[Candidate, Finding]:
         # An empty entry of sys.path means the current folder, which the other process shares.
         request.write_text(json.dumps({"path": sys.path, "packages": packages}), encoding="utf-8")
         results.touch()
-        # -P: the folder of probe.py, full of our own modules, stays off the path.
-        command = [sys.executable, "-P", str(Path(probe.__file__).resolve()), str(request), str(results), str(log)]
+        # -P: the folder of import_probe.py, full of our own modules, stays off the path.
+        program = Path(import_probe.__file__).resolve()
+        command = [sys.executable, "-P", str(program), str(request), str(results), str(log)]
         try:
             ending = watch(command, results, log)
         except OSError as error:
@@ -92,7 +93,7 @@ def _run(candidates: Sequence[Candidate]) -> dict[Candidate, Finding]:
         if len(found) < len(candidates):  # it died at the next one
             guilty = candidates[len(found)]
             text = f"`import {guilty.modules[0]}` {ending or 'ends the process (exit status 0)'}"
-            printed = probe.tail(str(log))
+            printed = import_probe.tail(str(log))
             found[guilty] = Finding(f"{text}; it printed: {printed}" if printed else text)
         return found
 

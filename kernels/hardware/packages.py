@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-from . import import_probe as probe
+from . import import_probe
 from .isolated_process import Candidate, Finding, can_start_python, try_apart, try_here
 from .requirements import check_version, parse
 
@@ -134,7 +134,7 @@ def usable_version(name: str) -> str | None:
 def parts(package: Package) -> dict[str, str]:
     """What is installed of the distributions that a package needs, and their versions."""
     names = (name for alternatives in package.needs for name in alternatives)
-    return {name: version for name in names if (version := probe.installed_version(name)) is not None}
+    return {name: version for name in names if (version := import_probe.installed_version(name)) is not None}
 
 
 def imported(name: str, having: str | None = None) -> ModuleType:
@@ -191,7 +191,7 @@ def conflicts() -> list[str]:
     """What is installed here and cannot go together, each with what to do: for `foldkernels doctor`."""
     import torch
 
-    installed = [cu for cu in ("cu12", "cu13") if probe.installed_version(f"cuequivariance-ops-torch-{cu}")]
+    installed = [cu for cu in ("cu12", "cu13") if import_probe.installed_version(f"cuequivariance-ops-torch-{cu}")]
     if len(installed) > 1:
         return [
             "cuequivariance-ops-torch-cu12 and -cu13 are both installed, and write the same files (fix: pip uninstall "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import registry
-from ..hardware import import_probe as probe
+from ..hardware import import_probe
 from ..hardware.isolated_process import answers_in, can_start_python, watch
 from .verification import Item, Row, verify
 
@@ -68,7 +68,7 @@ def _run(tasks: list[dict[str, Any]], imports: Sequence[str]) -> tuple[list[dict
         except OSError as error:
             ending = f"could not be tried, since no process could be started ({error})"
         answers = answers_in(results)
-        printed = probe.tail(str(log))
+        printed = import_probe.tail(str(log))
         ending = ending or "ends the process (exit status 0)"
         return answers, f"{ending}; it printed: {printed}" if printed else ending
 

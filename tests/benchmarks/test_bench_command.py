@@ -18,8 +18,7 @@ import torch
 from foldkernels.benchmarks.measure import memory, timing
 from foldkernels.benchmarks.report.html import html
 from foldkernels.benchmarks.report.results import BACKWARD, FORWARD, Results, Row, read, write_json
-from foldkernels.benchmarks.run import runner as running
-from foldkernels.benchmarks.run import worker
+from foldkernels.benchmarks.run import runner, worker
 from foldkernels.benchmarks.run.operations import OperationSubject, Point
 from foldkernels.benchmarks.run.plan import Plan
 from foldkernels.benchmarks.run.runner import Run
@@ -415,7 +414,7 @@ def tell(monkeypatch):
 
     def use(answer=None, **more):
         told = Told([0.0], answer, **more)
-        monkeypatch.setattr(running, "bench_worker", lambda environment: told)
+        monkeypatch.setattr(runner, "bench_worker", lambda environment: told)
         return told
 
     return use

@@ -7,13 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from foldkernels.benchmarks.measure import statistics as figures
-from foldkernels.benchmarks.measure import statistics as fits
-from foldkernels.benchmarks.measure import timing
-from foldkernels.benchmarks.report import comparison, plots, series, summary
-from foldkernels.benchmarks.report import html as report
+from foldkernels.benchmarks.measure import statistics, timing
+from foldkernels.benchmarks.report import comparison, html, plots, series, summary, svg
 from foldkernels.benchmarks.report import results as rows
-from foldkernels.benchmarks.report import svg as drawing
 from foldkernels.benchmarks.report.comparison import BROKEN, FASTER, MENDED, SAME, SLOWER, UNSURE, compare_results
 from foldkernels.benchmarks.report.results import (
     BACKWARD,
@@ -89,17 +85,17 @@ def without_time(status, why, **more):
 
 
 def test_quantiles_lie_between_neighbours():
-    assert figures.quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
-    assert figures.quantile([4.0, 1.0, 3.0, 2.0], 0.25) == 1.75
-    assert figures.quantile([1.0, 2.0, 3.0, 4.0, 5.0], 0.75) == 4.0
-    assert figures.quantile([7.0], 0.25) == 7.0
-    assert figures.quantile([1.0, 9.0], 1.0) == 9.0
+    assert statistics.quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
+    assert statistics.quantile([4.0, 1.0, 3.0, 2.0], 0.25) == 1.75
+    assert statistics.quantile([1.0, 2.0, 3.0, 4.0, 5.0], 0.75) == 4.0
+    assert statistics.quantile([7.0], 0.25) == 7.0
+    assert statistics.quantile([1.0, 9.0], 1.0) == 9.0
     with pytest.raises(ValueError, match="no values"):
-        figures.quantile([], 0.5)
+        statistics.quantile([], 0.5)
 
 
 def test_the_spread_of_seven_samples():
-    found = figures.spread([0.001 * x for x in (5, 1, 9, 2, 4, 3, 100)])
+    found = statistics.spread([0.001 * x for x in (5, 1, 9, 2, 4, 3, 100)])
     assert found.median == pytest.approx(4.0)
     assert (found.low, found.high) == (pytest.approx(2.5), pytest.approx(7.0))
     assert found.fastest == pytest.approx(1.0)
@@ -107,24 +103,24 @@ def test_the_spread_of_seven_samples():
 
 def test_a_ratio_is_of_medians_and_what_slows_both_cancels_in_its_interval():
     busy = [1.0, 3.0, 1.0, 5.0, 1.0, 2.0, 1.0]
-    middle, low, high = figures.ratio([4.0 * x for x in busy], [2.0 * x for x in busy])
+    middle, low, high = statistics.ratio([4.0 * x for x in busy], [2.0 * x for x in busy])
     assert middle == low == high == pytest.approx(2.0)
-    middle, low, high = figures.ratio([2.0, 2.2, 1.8, 2.0, 2.1, 1.9, 2.0], [1.0] * 7)
+    middle, low, high = statistics.ratio([2.0, 2.2, 1.8, 2.0, 2.1, 1.9, 2.0], [1.0] * 7)
     assert middle == pytest.approx(2.0) and 1.8 <= low < 2.0 < high <= 2.2
     with pytest.raises(ValueError, match="rounds"):
-        figures.ratio([1.0, 2.0], [1.0])
+        statistics.ratio([1.0, 2.0], [1.0])
 
 
 def test_a_power_law_is_found_again():
     lengths = [64, 128, 256]
-    fit = fits.power_law(lengths, [3.0 * n**2.5 for n in lengths])
+    fit = statistics.power_law(lengths, [3.0 * n**2.5 for n in lengths])
     assert fit.exponent == pytest.approx(2.5) and fit.scale == pytest.approx(3.0)
     assert fit.at(512) == pytest.approx(3.0 * 512**2.5)
-    noisy = fits.power_law([10, 100, 1000], [1.0, 10.0, 1000.0])
+    noisy = statistics.power_law([10, 100, 1000], [1.0, 10.0, 1000.0])
     assert noisy.exponent == pytest.approx(1.5)  # least squares in the logarithms
-    assert fits.power_law([64], [1.0]) is None
-    assert fits.power_law([64, 64], [1.0, 2.0]) is None
-    assert fits.power_law([64, 128, 256], [0.0, 1.0, 2.0]).exponent == pytest.approx(1.0)  # zero has no logarithm
+    assert statistics.power_law([64], [1.0]) is None
+    assert statistics.power_law([64, 64], [1.0, 2.0]) is None
+    assert statistics.power_law([64, 128, 256], [0.0, 1.0, 2.0]).exponent == pytest.approx(1.0)  # zero has no logarithm
 
 
 def test_sides_take_turns_and_nobody_is_always_first():
@@ -414,7 +410,7 @@ def test_memory_of_nothing_is_not_drawn():
 
 def test_a_drawing_says_what_it_shows():
     panel = series.figures_of(a_run().measured())[0].panels[0]
-    text = drawing.svg(panel, "attention", plots.style_of(["reference", "torch"]), 3)
+    text = svg.svg(panel, "attention", plots.style_of(["reference", "torch"]), 3)
     assert 'role="img"' in text and '<title id="t3">attention: forward: time</title>' in text
     assert "64: 20 ms, 128: 80 ms; grows as L to the power 2.00" in text
     assert "length L (residues)" in text and "median time of a call (ms)" in text
@@ -423,7 +419,7 @@ def test_a_drawing_says_what_it_shows():
 
 @pytest.mark.parametrize("values", [[1.0, 1.0], [0.02, 3.0], [1.0, 90000.0], [5.0, 5.1], [1e-4, 2e4]])
 def test_an_axis_has_room_and_ticks(values):
-    axis = drawing._Axis(values, 0.0, 100.0)
+    axis = svg._Axis(values, 0.0, 100.0)
     ticks = axis.ticks()
     assert 2 <= len(ticks) <= 12 or values in ([1.0, 1.0], [5.0, 5.1])
     assert all(-1e-6 <= axis.at(tick) <= 100.0 for tick in ticks)
@@ -440,7 +436,7 @@ def test_pngs_are_drawn(tmp_path):
 
 
 def test_the_report_needs_nothing_from_outside():
-    page = report.html(a_run())
+    page = html.html(a_run())
     assert "http" not in page.replace("http-equiv", "")
     assert "src=" not in page and "@import" not in page and "url(" not in page
     assert page.count("<svg") == 4 and page.count("<title id=") == 4
@@ -453,7 +449,7 @@ def test_the_report_needs_nothing_from_outside():
 
 
 def test_a_report_of_nothing_is_a_page():
-    page = report.html(Results(()))
+    page = html.html(Results(()))
     assert "Nothing was measured" in page and "<svg" not in page
 
 

@@ -14,15 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from foldkernels.cli.doctor import caches as _caches
+from foldkernels.cli.doctor import caches, issue_report, toolchain
 from foldkernels.cli.doctor import command as doctor
-from foldkernels.cli.doctor import issue_report as _issue
-from foldkernels.cli.doctor import toolchain as _toolchain
 from foldkernels.cli.doctor.environment_variables import OURS
 from foldkernels.cli.main import main
 from foldkernels.kernels import registry
-from foldkernels.kernels.testing import isolated as apart
-from foldkernels.kernels.testing import verification
+from foldkernels.kernels.testing import isolated, verification
 from foldkernels.kernels.testing.cases import builders
 from foldkernels.kernels.testing.verification import Item, Row, Subject
 
@@ -122,7 +119,7 @@ def test_a_plugin_that_aborts_is_left_out_in_the_other_process_too(tmp_path, mon
     monkeypatch.syspath_prepend(str(tmp_path))
     with restored():
         registry.leave_out_plugins({"killer": "SIGABRT"})
-        (row,) = apart.verify_apart([Item(SMALL[0], "torch", "float32", "cpu", 5)])
+        (row,) = isolated.verify_apart([Item(SMALL[0], "torch", "float32", "cpu", 5)])
     assert row.status == "passed", row
 
 
@@ -138,11 +135,11 @@ def add_plugin(folder: Path, name: str, code: str) -> None:
 def test_no_other_process_can_be_started(monkeypatch):
     items = [Item(SMALL[0], "torch", "float32", "cpu", 5)]
     monkeypatch.setattr(sys, "executable", "/no/such/python")
-    assert [(row.status, "no process could be started" in row.why) for row in apart.verify_apart(items)] == [
+    assert [(row.status, "no process could be started" in row.why) for row in isolated.verify_apart(items)] == [
         ("died", True)
     ]
     monkeypatch.setattr(sys, "executable", "")
-    assert [row.status for row in apart.verify_apart(items)] == ["passed"]  # in this one
+    assert [row.status for row in isolated.verify_apart(items)] == ["passed"]  # in this one
 
 
 # Packages that fail in every way --------------------------------------------------------------------------------------
@@ -198,12 +195,12 @@ def test_a_version_that_two_places_tell_differently(call, standins: StandIns):  
 
 
 def finding(name: str) -> Any:
-    return next(found for found in _toolchain.toolchain() if found["name"] == name)
+    return next(found for found in toolchain.toolchain() if found["name"] == name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and torch sees it")
 def test_a_driver_that_torch_makes_nothing_of(monkeypatch):
-    monkeypatch.setattr(_toolchain, "_driver", lambda: "580.65.06")
+    monkeypatch.setattr(toolchain, "_driver", lambda: "580.65.06")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert finding("CUDA")["ok"] is False and "without CUDA" in finding("CUDA")["found"]
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -225,13 +222,13 @@ def test_triton_that_cannot_compile(monkeypatch):
     monkeypatch.setattr("foldkernels.kernels.hardware.packages.usable", lambda name: None)
     monkeypatch.setattr("foldkernels.kernels.hardware.packages.usable_version", lambda name: "3.7.1")
     for why, ok in (("RuntimeError: Failed to find C compiler", False), ("", True)):
-        monkeypatch.setattr(apart, "try_triton_apart", lambda why=why: why)
-        assert _toolchain._triton()["ok"] is ok and why in str(_toolchain._triton()["found"])
+        monkeypatch.setattr(isolated, "try_triton_apart", lambda why=why: why)
+        assert toolchain._triton()["ok"] is ok and why in str(toolchain._triton()["found"])
 
 
 def test_what_raises_while_looking_is_a_finding(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: 1 / 0)
-    found = next(found for found in _toolchain.toolchain() if "ZeroDivisionError" in str(found["found"]))
+    found = next(found for found in toolchain.toolchain() if "ZeroDivisionError" in str(found["found"]))
     assert found["ok"] is False and found["name"] == "mps"
 
 
@@ -239,13 +236,13 @@ def test_folders_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("FOLDKERNELS_CACHE", str(tmp_path / "file" / "below"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "new" / "folder"))
-    found = {entry["name"]: entry for entry in _caches.caches()}
+    found = {entry["name"]: entry for entry in caches.caches()}
     assert "is no folder" in found["foldkernels"]["why"] and "FOLDKERNELS_CACHE" in found["foldkernels"]["fix"]
     assert found["torch.compile"]["why"] == "" and not found["torch.compile"]["exists"]
     assert found["torch.compile"]["free_gib"] > 0 and not (tmp_path / "new").exists()
     usage = collections.namedtuple("usage", "free")
-    monkeypatch.setattr(_caches.shutil, "disk_usage", lambda path: usage(2**28))
-    found = {entry["name"]: entry for entry in _caches.caches()}
+    monkeypatch.setattr(caches.shutil, "disk_usage", lambda path: usage(2**28))
+    found = {entry["name"]: entry for entry in caches.caches()}
     assert found["torch.compile"]["why"] == "only 0.2 GiB are free"
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]  # nothing is left behind
 
@@ -255,7 +252,7 @@ def test_folders_that_cannot_be_written(monkeypatch, tmp_path):
 
 def test_an_issue_names_nobody(call, monkeypatch):
     monkeypatch.setattr(Path, "home", classmethod(lambda cls: Path("/home/ada")))
-    monkeypatch.setattr(_issue.getpass, "getuser", lambda: "ada")
+    monkeypatch.setattr(issue_report.getpass, "getuser", lambda: "ada")
     monkeypatch.setattr(platform, "node", lambda: "difference-engine.example.org")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     lines = [
@@ -269,7 +266,7 @@ def test_an_issue_names_nobody(call, monkeypatch):
         "adapters",
     ]
     text = "\n".join(lines)
-    safe = _issue.redacted(text)
+    safe = issue_report.redacted(text)
     for private in ("ada/", "difference-engine", "0123456789abcdef", "pw@", "scratch", "as ada"):
         assert private not in safe, safe
     for useful in ("trifast/__init__.py", "pip install 'trifast>=0.1.13'", "TRITON_CACHE_DIR", "adapters"):

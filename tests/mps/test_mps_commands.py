@@ -23,7 +23,7 @@ from foldkernels.cli.main import main
 from foldkernels.compat.multiflow.compare_presets import compare_presets
 from foldkernels.configs.presets import PRESETS
 from foldkernels.kernels.registry import KernelFallbackWarning
-from foldkernels.kernels.testing import isolated as apart
+from foldkernels.kernels.testing import isolated
 from foldkernels.kernels.testing.cases.builders import SMALL
 from foldkernels.kernels.testing.verification import plan, published_subjects, verify
 
@@ -151,7 +151,7 @@ def test_doctor(call, monkeypatch):
             done(rows[-1])
         return rows
 
-    monkeypatch.setattr(apart, "verify_apart", here)
+    monkeypatch.setattr(isolated, "verify_apart", here)
     monkeypatch.setattr("foldkernels.cli.doctor.command.LENGTH", 6)
     with on_mps():
         code, out, error = call("doctor", "--json")
@@ -167,12 +167,12 @@ def test_doctor(call, monkeypatch):
     [("M1", "2.13.0", False), ("M2 Max", "2.9.1", False), ("M1 Pro", "2.14.0", True), ("M4", "2.13.0+cpu", True)],
 )
 def test_doctor_warns_of_training_on_an_old_pytorch(chip, version, well, monkeypatch):
-    from foldkernels.cli.doctor import toolchain as _toolchain
+    from foldkernels.cli.doctor import toolchain
 
     monkeypatch.setattr("foldkernels.kernels.hardware.cpu.name", lambda: f"Apple {chip}")
     monkeypatch.setattr("torch.__version__", version)
     with a_mac():
-        (found,) = (row for row in _toolchain.toolchain() if row["name"] == "MPS")
+        (found,) = (row for row in toolchain.toolchain() if row["name"] == "MPS")
     assert found["ok"] is well and ("2.14" in found["fix"]) is not well
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foldkernels.kernels.common import matmul as products
+from foldkernels.kernels.common import matmul
 from foldkernels.kernels.common.row_blocks import block_dtype, pairs_per_block
 
 from ..support.mps import on_mps
@@ -117,9 +117,9 @@ def test_products_into_parts_of_tensors_of_factors_that_are_expanded(on):
     left, right, total = torch.rand(2, 3, 4), torch.rand(4, 5).expand(2, 4, 5), torch.rand(2, 2, 5, 3)
     with on_mps() if on == "mps" else nullcontext():
         there = total.clone().to(on)
-        products.write_product(left.to(on), right.to(on).expand(2, 4, 5), there[1].mT)
-        products.add_product_(there[0].mT, left.to(on), right.to(on)[:1].expand(2, 4, 5))
-        products.accumulate_(there[0, 1].t(), left.to(on)[0], right.to(on)[0])
+        matmul.write_product(left.to(on), right.to(on).expand(2, 4, 5), there[1].mT)
+        matmul.add_product_(there[0].mT, left.to(on), right.to(on)[:1].expand(2, 4, 5))
+        matmul.accumulate_(there[0, 1].t(), left.to(on)[0], right.to(on)[0])
         found = there.cpu()
     torch.testing.assert_close(found[1].mT, left @ right)
     wanted = total[0].mT + left @ right
@@ -140,7 +140,7 @@ def test_attention_is_what_pytorch_defines(mask, queries, width):
         given = torch.zeros(given.shape).masked_fill(~given, -1e4)
     with on_mps():
         sent = [x.to("mps").transpose(1, 2) for x in (q, k, v)]
-        found = products.dot_product_attention(*sent, None if given is None else given.to("mps"), 0.7).cpu()
+        found = matmul.dot_product_attention(*sent, None if given is None else given.to("mps"), 0.7).cpu()
     wanted = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=given, scale=0.7)
     assert found.isfinite().all()
     there = slice(None) if mask is None else slice(1, None)

@@ -37,6 +37,9 @@ from foldkernels.kernels.registry import (
 )
 from foldkernels.kernels.registry.types import Dims, Kernel, Operation, Reason, Request
 
+from ..support.requested import (
+    registry_as_it_was,  # noqa: F401 - an autouse fixture
+)
 from ..support.standins import from_16_on, load_a, load_b, refuses, restored, run_a, run_b, serves, stand_in
 
 # --------------------------------------------------------------------------------------------------------- registration

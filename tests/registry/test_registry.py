@@ -28,7 +28,10 @@ from foldkernels.kernels.registry import (
 from foldkernels.kernels.registry.types import Decision, Dims, Reason, Request
 
 from ..support.goldens import batch_of, small_model
-from ..support.requested import request_for
+from ..support.requested import (
+    registry_as_it_was,  # noqa: F401 - an autouse fixture
+    request_for,
+)
 from ..support.standins import from_16_on, refuses, stand_in
 
 # ------------------------------------------------------------------------------------------------------- data, and text

@@ -29,7 +29,11 @@ from foldkernels.kernels.registry import (
 )
 from foldkernels.kernels.registry.types import Dims, Reason, Request
 
-from ..support.requested import every_request, request_for
+from ..support.requested import (
+    every_request,
+    registry_as_it_was,  # noqa: F401 - an autouse fixture
+    request_for,
+)
 from ..support.standins import from_16_on, stand_in
 
 # ----------------------------------------------------------------------------------------------------- what kernels say

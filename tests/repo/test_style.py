@@ -4,7 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOMS = ("kernels", "modules", "configs", "compat", "cli", "__init__.py", "__main__.py", "py.typed")
+ROOMS = ("kernels", "modules", "configs", "compat", "cli", "benchmarks")
+ROOMS += ("errors.py", "__init__.py", "__main__.py", "py.typed")
 
 
 def test_ruff(root):

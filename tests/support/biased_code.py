@@ -91,7 +91,7 @@ def variants() -> Iterator[Variant]:
 
 def code(target: Any, way: Way, tile: tiles.Tile) -> Any:
     """A kernel's code in a tile, the bias in float32 (the larger case)."""
-    from foldkernels.kernels.biased_attention import _triton_backward as _biased_attention_backward_triton  # noqa: F401 - adds its kernels
+    from foldkernels.kernels.biased_attention import _triton_backward  # noqa: F401 - adds its kernels
     from foldkernels.kernels.biased_attention._triton_forward import KERNELS
 
     function = KERNELS[way.kernel]

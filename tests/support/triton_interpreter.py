@@ -14,7 +14,7 @@ from torch import Tensor
 from foldkernels.kernels.attention_pair_bias import PairProjection
 from foldkernels.kernels.attention_pair_bias import reference as sequence_reference
 from foldkernels.kernels.attention_pair_bias import triton as sequence
-from foldkernels.kernels.biased_attention import _launch as _biased_attention_launch
+from foldkernels.kernels.biased_attention import _launch
 from foldkernels.kernels.triangle_attention import reference as triangle_reference
 from foldkernels.kernels.triangle_attention import triton as triangle
 
@@ -146,7 +146,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 def check_operators(case: dict[str, Any]) -> dict[str, Any]:
     """Run PyTorch's own checks of a custom operator, and ask for a second derivative."""
-    from foldkernels.kernels.triangle_attention._triton import triangle_attention_triton as operator
+    from foldkernels.kernels.triangle_attention._launch import triangle_attention_triton as operator
 
     x = inputs(case)
     leaves = [stored(x[name], case["layout"]).detach().requires_grad_() for name in ("q", "k", "v", "bias")]
@@ -157,7 +157,7 @@ def check_operators(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer(case: dict[str, Any]) -> dict[str, Any]:
-    _biased_attention_launch._PROGRAMS = case["programs"]
+    _launch._PROGRAMS = case["programs"]
     return check_operators(case) if case.get("operators") else measure(case)
 
 

@@ -30,9 +30,9 @@ def clock(run: Any) -> float:
 
 def planted(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """The smaller tiles of triangle attention's forward pass write nothing, or ask for more than the chip has."""
-    from foldkernels.kernels.biased_attention import _launch as _biased_attention_launch
+    from foldkernels.kernels.biased_attention import _launch
 
-    launch: Callable[..., None] = _biased_attention_launch._Call.launch
+    launch: Callable[..., None] = _launch._Call.launch
 
     def broken(call: Any, kernel: str, tile: Any, *more: Any, **options: Any) -> None:
         if kernel == "forward" and tile.queries < 32:
@@ -42,7 +42,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
                 return
         launch(call, kernel, tile, *more, **options)
 
-    monkeypatch.setattr(_biased_attention_launch._Call, "launch", broken)
+    monkeypatch.setattr(_launch._Call, "launch", broken)
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 
-from foldkernels.compat.checkpoints import unpickler as unpickling
+from foldkernels.compat.checkpoints import unpickler
 from foldkernels.compat.checkpoints.torch_file import read_torch_file
 from foldkernels.errors import BadInput
 
@@ -164,7 +164,7 @@ def test_hostile_pickle_is_refused_and_nothing_runs(tmp_path: Path, attack: str)
     if refused is not None:
         assert repr(refused) in message
     with pytest.raises(pickle.UnpicklingError):
-        torch.load(path, weights_only=False, pickle_module=unpickling)
+        torch.load(path, weights_only=False, pickle_module=unpickler)
     assert not canary.exists()
 
 
@@ -294,7 +294,7 @@ def test_values_equal_torchs(tmp_path: Path, protocol: int, new_format: bool) ->
     expected = torch.load(path, weights_only=False)
     ours = read_torch_file(path)
     assert isinstance(ours, dict)
-    for found in (ours, torch.load(path, weights_only=False, pickle_module=unpickling)):
+    for found in (ours, torch.load(path, weights_only=False, pickle_module=unpickler)):
         assert list(found) == list(expected)
         for key, value in expected.items():
             assert type(found[key]) is type(value), key
@@ -347,8 +347,8 @@ def test_settings_become_plain(tmp_path: Path) -> None:
         torch.save(data, tmp_path / "x.pt", pickle_protocol=protocol)
         found = read_torch_file(tmp_path / "x.pt")
         assert isinstance(found, dict)
-        assert isinstance(found["args"], unpickling.StandIn) and found["args"].name == "argparse.Namespace"
-        settings = unpickling.plain(found)
+        assert isinstance(found["args"], unpickler.StandIn) and found["args"].name == "argparse.Namespace"
+        settings = unpickler.plain(found)
         assert settings == {
             "args": {"arch": "esm", "layers": 3, "nested": {"a": [1]}},
             "path": "/a/b.txt",
@@ -424,18 +424,18 @@ def test_old_files_ask_for_no_more_than_they_hold(tmp_path: Path) -> None:
 
 
 def test_endless_pickles_end() -> None:
-    limits = unpickling.Limits(steps=1000, pickle_bytes=100_000)
+    limits = unpickler.Limits(steps=1000, pickle_bytes=100_000)
     for data in (
         b"\x80\x02" + b"]" * 5000 + b".",
         b"\x80\x02X\xff\xff\xff\x7fabc",
         b"\x80\x02" + b"N0" * 60_000 + b"N.",
     ):
-        with pytest.raises(unpickling.UnpicklingError, match=r"too long|steps"):
-            unpickling.loads(data, limits=limits)
+        with pytest.raises(unpickler.UnpicklingError, match=r"too long|steps"):
+            unpickler.loads(data, limits=limits)
     # A call that copies a long list counts as many steps as the list has elements.
     copies = b"\x80\x02](" + b"K\x01" * 300 + b"eq\x00" + b"c__builtin__\nset\nh\x00\x85R" * 5 + b"."
-    with pytest.raises(unpickling.UnpicklingError, match="steps"):
-        unpickling.loads(copies, limits=limits)
+    with pytest.raises(unpickler.UnpicklingError, match="steps"):
+        unpickler.loads(copies, limits=limits)
 
 
 def test_plain_refuses_what_unfolds_forever() -> None:
@@ -445,9 +445,9 @@ def test_plain_refuses_what_unfolds_forever() -> None:
     loop: list[Any] = []
     loop.append(loop)
     for value in (laughs, loop):
-        with pytest.raises(unpickling.UnpicklingError, match="unfold"):
-            unpickling.plain(value)
-    assert unpickling.plain({"a": [np.float64(1.5)]}) == {"a": [1.5]}
+        with pytest.raises(unpickler.UnpicklingError, match="unfold"):
+            unpickler.plain(value)
+    assert unpickler.plain({"a": [np.float64(1.5)]}) == {"a": [1.5]}
 
 
 # ---- files that are no checkpoints
@@ -550,8 +550,8 @@ def test_files_without_checksums(tmp_path: Path) -> None:
 
 def test_what_is_quoted_of_a_pickle_is_short() -> None:
     """A number of 60,000 letters that is none: the error says so in one line."""
-    with pytest.raises(unpickling.UnpicklingError, match="could not convert") as caught:
-        unpickling.loads(b"F" + b"a\\" * 30_000 + b"\n.")
+    with pytest.raises(unpickler.UnpicklingError, match="could not convert") as caught:
+        unpickler.loads(b"F" + b"a\\" * 30_000 + b"\n.")
     assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
 
 
@@ -560,11 +560,11 @@ def test_unpickling_random_opcodes_never_raises_anything_else() -> None:
     with zipfile.ZipFile(GOLDENS / CHECKPOINTS[1]) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith("data.pkl"))
         seed = archive.read(name)
-    limits = unpickling.Limits(steps=20_000)
+    limits = unpickler.Limits(steps=20_000)
     for _ in range(200):
         start = rng.randrange(len(seed) - 400)
         data = bytearray(b"\x80\x02(" + seed[start : start + 300] + b".")
         for _ in range(3):
             data[rng.randrange(3, len(data))] = rng.choice(b"cR\x81bsuaeq0.2(tl\x93Q}])")
-        with contextlib.suppress(unpickling.UnpicklingError):
-            unpickling.loads(bytes(data), limits=limits)
+        with contextlib.suppress(unpickler.UnpicklingError):
+            unpickler.loads(bytes(data), limits=limits)

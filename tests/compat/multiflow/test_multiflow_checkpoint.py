@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from foldkernels.compat.multiflow.checkpoint import files as checkpoint
+from foldkernels.compat.multiflow.checkpoint import files
 from foldkernels.compat.multiflow.config.sections import interpolant_section, model_section
 from foldkernels.errors import BadInput
 
@@ -32,7 +32,7 @@ def same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_reads_a_lightning_folder(folder: str) -> None:
-    read = checkpoint.read_checkpoint(GOLDENS / folder)
+    read = files.read_checkpoint(GOLDENS / folder)
     assert read.source == GOLDENS / folder / "last.ckpt"
     # Our own golden file: torch's full unpickler may read it here.
     expected = torch.load(read.source, weights_only=False)["state_dict"]
@@ -51,38 +51,38 @@ def test_reads_a_lightning_folder(folder: str) -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_config_inside_the_checkpoint_equals_the_one_beside_it(tmp_path: Path, folder: str) -> None:
     shutil.copy(GOLDENS / folder / "last.ckpt", tmp_path / "some-name.ckpt")
-    alone = checkpoint.read_checkpoint(tmp_path / "some-name.ckpt")
-    beside = checkpoint.read_checkpoint(str(GOLDENS / folder))
+    alone = files.read_checkpoint(tmp_path / "some-name.ckpt")
+    beside = files.read_checkpoint(str(GOLDENS / folder))
     assert alone.config == beside.config
     assert model_section(alone.config) == model_section(beside.config)
     assert OmegaConf.is_interpolation(alone.config.model.ipa, "c_s"), "kept as it stood"
     # config.yaml beside it wins.
     (tmp_path / "config.yaml").write_text("model: {node_embed_size: 8}\n")
-    assert checkpoint.read_checkpoint(tmp_path / "some-name.ckpt").config == {"model": {"node_embed_size": 8}}
+    assert files.read_checkpoint(tmp_path / "some-name.ckpt").config == {"model": {"node_embed_size": 8}}
 
 
 def test_config_with_missing_values_and_unknown_resolvers(tmp_path: Path) -> None:
     shutil.copy(GOLDENS / "small" / "last.ckpt", tmp_path)
     text = (GOLDENS / "small" / "config_extra_keys.yaml").read_text()
     (tmp_path / "config.yaml").write_text(text + "\nwhen: ${now:%Y}\nwho: ???\nhow: ${not_a_resolver:1}\n")
-    read = checkpoint.read_checkpoint(tmp_path)
+    read = files.read_checkpoint(tmp_path)
     assert model_section(read.config).ipa.c_s == 64
-    checkpoint.write_safetensors(read, tmp_path / "out")
-    again = OmegaConf.to_container(checkpoint.read_checkpoint(tmp_path / "out").config)
+    files.write_safetensors(read, tmp_path / "out")
+    again = OmegaConf.to_container(files.read_checkpoint(tmp_path / "out").config)
     assert isinstance(again, dict)
     assert (again["when"], again["who"], again["how"]) == ("${now:%Y}", "???", "${not_a_resolver:1}")
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_written_safetensors_read_back(tmp_path: Path, folder: str) -> None:
-    read = checkpoint.read_checkpoint(GOLDENS / folder)
-    path = checkpoint.write_safetensors(read, tmp_path / "new" / "folder")
+    read = files.read_checkpoint(GOLDENS / folder)
+    path = files.write_safetensors(read, tmp_path / "new" / "folder")
     assert sorted(os.listdir(path.parent)) == ["config.yaml", "model.safetensors"]
     assert path.stat().st_mode == (path.parent / "config.yaml").stat().st_mode
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt", "written_by": "foldkernels", "source": f"{folder}/last.ckpt"}
     for place in (path, path.parent):
-        again = checkpoint.read_checkpoint(place)
+        again = files.read_checkpoint(place)
         assert again.source == path
         assert again.config == read.config and same_weights(again.state_dict, read.state_dict)
 
@@ -90,30 +90,30 @@ def test_written_safetensors_read_back(tmp_path: Path, folder: str) -> None:
 def test_shared_and_strided_tensors_are_written(tmp_path: Path) -> None:
     base = torch.arange(6.0).reshape(2, 3)
     weights = {"a": base, "b": base, "t": base.t(), "row": base[1], "half": base.bfloat16()}
-    read = checkpoint.Checkpoint(weights, OmegaConf.create({"model": {}}), Path("x.ckpt"))
-    checkpoint.write_safetensors(read, tmp_path)
-    assert same_weights(checkpoint.read_checkpoint(tmp_path).state_dict, weights)
+    read = files.Checkpoint(weights, OmegaConf.create({"model": {}}), Path("x.ckpt"))
+    files.write_safetensors(read, tmp_path)
+    assert same_weights(files.read_checkpoint(tmp_path).state_dict, weights)
 
 
 def test_existing_files_are_kept_unless_told(tmp_path: Path) -> None:
-    small, chain = (checkpoint.read_checkpoint(GOLDENS / folder) for folder in FOLDERS)
-    checkpoint.write_safetensors(small, tmp_path)
+    small, chain = (files.read_checkpoint(GOLDENS / folder) for folder in FOLDERS)
+    files.write_safetensors(small, tmp_path)
     with pytest.raises(BadInput, match=r"already holds model\.safetensors and config\.yaml"):
-        checkpoint.write_safetensors(chain, tmp_path)
-    assert same_weights(checkpoint.read_checkpoint(tmp_path).state_dict, small.state_dict)
-    checkpoint.write_safetensors(chain, tmp_path, overwrite=True)
-    assert same_weights(checkpoint.read_checkpoint(tmp_path).state_dict, chain.state_dict)
+        files.write_safetensors(chain, tmp_path)
+    assert same_weights(files.read_checkpoint(tmp_path).state_dict, small.state_dict)
+    files.write_safetensors(chain, tmp_path, overwrite=True)
+    assert same_weights(files.read_checkpoint(tmp_path).state_dict, chain.state_dict)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(BadInput, match=r"already holds config\.yaml"):
-        checkpoint.write_safetensors(small, tmp_path)
-    checkpoint.write_safetensors(chain, tmp_path)  # its own config: this conversion was killed between the two files
-    assert same_weights(checkpoint.read_checkpoint(tmp_path).state_dict, chain.state_dict)
+        files.write_safetensors(small, tmp_path)
+    files.write_safetensors(chain, tmp_path)  # its own config: this conversion was killed between the two files
+    assert same_weights(files.read_checkpoint(tmp_path).state_dict, chain.state_dict)
 
 
 @pytest.mark.parametrize("failing", ["model.safetensors", "config.yaml"])
 def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
-    small, chain = (checkpoint.read_checkpoint(GOLDENS / folder) for folder in FOLDERS)
-    checkpoint.write_safetensors(small, tmp_path)
+    small, chain = (files.read_checkpoint(GOLDENS / folder) for folder in FOLDERS)
+    files.write_safetensors(small, tmp_path)
     real = os.replace
 
     def replace(source: Path, target: Path) -> None:
@@ -123,11 +123,11 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(BadInput, match="No space left"):
-        checkpoint.write_safetensors(chain, tmp_path, overwrite=True)
+        files.write_safetensors(chain, tmp_path, overwrite=True)
     with pytest.raises(BadInput, match="No space left"):
-        checkpoint.write_safetensors(chain, tmp_path / "new")
+        files.write_safetensors(chain, tmp_path / "new")
     monkeypatch.undo()
-    again = checkpoint.read_checkpoint(tmp_path)
+    again = files.read_checkpoint(tmp_path)
     assert same_weights(again.state_dict, small.state_dict) and again.config == small.config
     (tmp_path / "new").rmdir()  # empty: nothing half-written
     assert sorted(os.listdir(tmp_path)) == ["config.yaml", "model.safetensors"]
@@ -135,9 +135,9 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    read = checkpoint.read_checkpoint(GOLDENS / "small")
+    read = files.read_checkpoint(GOLDENS / "small")
     with pytest.raises(BadInput, match="cannot write"):
-        checkpoint.write_safetensors(read, tmp_path / "file" / "folder")
+        files.write_safetensors(read, tmp_path / "file" / "folder")
 
 
 # ---- bad input
@@ -145,7 +145,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def refused(path: Path, words: str) -> BadInput:
     with pytest.raises(BadInput, match=words) as caught:
-        checkpoint.read_checkpoint(path)
+        files.read_checkpoint(path)
     message = str(caught.value)
     assert str(path) in message
     assert len(message.splitlines()) < 20 and "Traceback" not in message
@@ -169,14 +169,14 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 def test_lightning_wins_over_safetensors(tmp_path: Path) -> None:
     """A folder that training still writes to: last.ckpt is what it wrote last."""
-    checkpoint.write_safetensors(checkpoint.read_checkpoint(GOLDENS / "small"), tmp_path)
+    files.write_safetensors(files.read_checkpoint(GOLDENS / "small"), tmp_path)
     shutil.copy(GOLDENS / "small" / "last.ckpt", tmp_path)
-    assert checkpoint.read_checkpoint(tmp_path).source.name == "last.ckpt"
+    assert files.read_checkpoint(tmp_path).source.name == "last.ckpt"
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "model.safetensors"])
 def test_damaged_files(tmp_path: Path, name: str) -> None:
-    checkpoint.write_safetensors(checkpoint.read_checkpoint(GOLDENS / "small"), tmp_path)
+    files.write_safetensors(files.read_checkpoint(GOLDENS / "small"), tmp_path)
     shutil.copy(GOLDENS / "small" / "last.ckpt", tmp_path)
     whole = (tmp_path / name).read_bytes()
     for other in {"last.ckpt", "model.safetensors"} - {name}:
@@ -210,7 +210,7 @@ def test_strange_contents(tmp_path: Path) -> None:
     refused(lightning(tmp_path, {"epoch": 1, "weights": {"a": tensor}}), "no tensors: epoch, weights")
     refused(lightning(tmp_path, {"state_dict": {"a": tensor, "model.a": tensor}}), "both a and model.a")
     # A bare state_dict is fine, and names of other modules stay.
-    read = checkpoint.read_checkpoint(lightning(tmp_path, {"model.a": torch.nn.Parameter(tensor), "other.b": tensor}))
+    read = files.read_checkpoint(lightning(tmp_path, {"model.a": torch.nn.Parameter(tensor), "other.b": tensor}))
     assert sorted(read.state_dict) == ["a", "other.b"] and not read.state_dict["a"].requires_grad
     assert type(read.state_dict["a"]) is torch.Tensor
 
@@ -244,8 +244,8 @@ def test_unreadable_config(tmp_path: Path) -> None:
 
 
 def test_mismatch_report_fits_on_a_screen() -> None:
-    assert checkpoint.mismatch_report([], [], []) == ""
-    report = checkpoint.mismatch_report(
+    assert files.mismatch_report([], [], []) == ""
+    report = files.mismatch_report(
         [f"missing.{n}" for n in range(713)],
         ["one.weight"],
         [("trunk.linear.weight", torch.Size([8, 4]), (8, 5))],

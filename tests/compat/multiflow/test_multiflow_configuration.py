@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from foldkernels.compat.multiflow.config import sections as configuration
+from foldkernels.compat.multiflow.config import sections
 from foldkernels.compat.multiflow.config.sections import (
     InterpolantConfig,
     as_interpolant_config,
@@ -133,7 +133,7 @@ def test_wrong_values_are_named() -> None:
     wrong({"node_embed_size": "${nothing.here}"}, "does not resolve")
     wrong({"ipa": {"c_hidden": "???"}}, "does not resolve")
     wrong({"ipa": {"c_hidden": "${now:%Y}"}}, "does not resolve")
-    many = wrong({"ipa": dict.fromkeys(configuration.IPAConfig.model_fields, "x"), "symmetric": 1, "aatype_pred": 2,
+    many = wrong({"ipa": dict.fromkeys(sections.IPAConfig.model_fields, "x"), "symmetric": 1, "aatype_pred": 2,
                   "edge_features": {"num_bins": "x", "feat_dim": "x", "relpos_k": "x"}}, "more")  # fmt: skip
     assert "... and 3 more" in many
     with pytest.raises(BadInput, match=r"interpolant\.aatypes\.interpolant_type: should be 'masking' or 'uniform'"):

@@ -13,7 +13,7 @@ import torch
 
 from foldkernels.kernels import registry
 from foldkernels.kernels.biased_attention import _tiles as tiles
-from foldkernels.kernels.triton_tools import gpu_limits as chips
+from foldkernels.kernels.triton_tools import gpu_limits
 
 from ...support.biased_code import TYPES, Way, code
 from ...support.triton_tools import PTXAS, Ask, interpreter, right, slow, with_triton, wrong
@@ -127,7 +127,7 @@ def test_amd_gets_matrix_instructions(kernel):
     for dtype, d in (("bf16", 32), ("bf16", 64), ("fp32", 32)):
         for tile in tiles.tiles_for(None, kernel, TYPES[dtype], d):
             found = code(GPUTarget("hip", "gfx942", 64), Way(kernel, dtype, "ieee", d), tile)
-            assert found.metadata.shared <= chips.AMD_SHARED_MEMORY
+            assert found.metadata.shared <= gpu_limits.AMD_SHARED_MEMORY
             assert "v_mfma" in found.asm["amdgcn"]
             assert re.search(r"\.vgpr_spill_count:\s*0\b", found.asm["amdgcn"])
 
@@ -155,7 +155,7 @@ def test_what_it_refuses(operation):
 
 
 def test_every_chip_has_its_memory_and_tiles():
-    memory = [chips.shared_memory(chip) for chip in ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 3), (12, 1))]
+    memory = [gpu_limits.shared_memory(chip) for chip in ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 3), (12, 1))]
     assert memory == [0, 166_912, 101_376, 101_376, 232_448, 232_448, 101_376]
     for table in tiles.TILES.values():
         for of_width in table.values():

@@ -11,7 +11,7 @@ import torch
 
 from foldkernels.kernels import registry
 from foldkernels.kernels.edge_transition import _tiles as tiles
-from foldkernels.kernels.triton_tools import gpu_limits as chips
+from foldkernels.kernels.triton_tools import gpu_limits
 
 from ...support.edge_code import code, widest
 from ...support.triton_tools import CHIPS, Ask, interpreter, right, slow, usage, with_triton, wrong
@@ -111,7 +111,7 @@ def test_each_number_of_z_is_read_once(ask, n):
 def test_the_widest_fit(arch, kernel, tmp_path):
     """The widest layers that `supports` lets through."""
     found = code(arch, kernel, "bf16", tiles.tiles_for(CHIPS[arch], kernel)[0], sizes=widest(arch))
-    assert usage(found, tmp_path).shared <= chips.shared_memory(CHIPS[arch])
+    assert usage(found, tmp_path).shared <= gpu_limits.shared_memory(CHIPS[arch])
 
 
 @with_triton

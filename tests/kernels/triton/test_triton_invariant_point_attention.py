@@ -13,7 +13,6 @@ import torch
 from foldkernels.configs.presets import candidates
 from foldkernels.kernels import registry
 from foldkernels.kernels.invariant_point_attention import _tiles as tiles
-from foldkernels.kernels.triton_tools import gpu_limits as chips
 
 from ...support.ipa_compiled import Cell, compiled
 from ...support.sass import loop
@@ -308,7 +307,7 @@ def test_what_is_served_has_a_tile(capability):
         h = min(h, tiles.heads_at_once(cz))
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             why = _why(capability=capability, h=h, cz=cz, dtype=dtype, grad=grad)
-            assert not why or f"{chips.shared_memory(capability):,} bytes" in why
+            assert not why or f"{gpu_limits.shared_memory(capability):,} bytes" in why
             passes = ("forward", "backward")[: 1 + grad]
             for kernel, z, d in itertools.product(passes, {dtype, torch.bfloat16}, (40, 300)):
                 if not why:

@@ -15,7 +15,7 @@ from foldkernels.kernels.factorized_point_attention import _tiles as factorized
 from foldkernels.kernels.hardware.machine import MACHINES, Machine
 from foldkernels.kernels.invariant_point_attention import _tiles as ipa
 from foldkernels.kernels.registry.types import Dims, Reason, Request
-from foldkernels.kernels.triton_tools import gpu_limits as chips
+from foldkernels.kernels.triton_tools import gpu_limits
 
 from ...support import usage_table
 from ...support.triton_tools import CHIPS
@@ -86,7 +86,7 @@ def test_what_is_served_has_tiles(request):
     assert all(reason.why and not reason.why.endswith(".") for reason in why)
     if why:
         return
-    assert chips.shared_memory(request.capability) > 0
+    assert gpu_limits.shared_memory(request.capability) > 0
     for tiles in tiles_of(request):
         assert tiles and len(set(tiles)) == len(tiles)
         for tile in tiles:
@@ -100,7 +100,7 @@ def test_what_is_served_has_tiles(request):
 @given(requests())
 def test_old_chips_and_types_are_refused(request):
     words = " ".join(map(str, reasons(request)))
-    if request.capability is not None and request.capability < chips.OLDEST:
+    if request.capability is not None and request.capability < gpu_limits.OLDEST:
         assert "compute capability 8.0 or more" in words
     if request.dtype is torch.float64:
         assert "not in float64" in words
@@ -109,12 +109,12 @@ def test_old_chips_and_types_are_refused(request):
 @pytest.mark.parametrize("operation", usage_table.MODULES)
 def test_what_was_compiled_fits_every_chip_that_reads_it(operation):
     """Chips that were not compiled for read the tiles of one that was, and have as much memory."""
-    most = {f"sm_{arch}": chips.shared_memory(capability) for arch, capability in CHIPS.items()}
+    most = {f"sm_{arch}": gpu_limits.shared_memory(capability) for arch, capability in CHIPS.items()}
     for name, found in usage_table.read(operation).items():
         assert name in usage_table.HEADS or found[0] <= most[name.split()[0]], name
     twins = {(8, 6): (8, 9), (8, 7): (8, 0), (10, 3): (10, 0), (12, 0): (8, 9), (12, 1): (8, 9)}
     for capability, like in twins.items():
-        assert chips.shared_memory(capability) == chips.shared_memory(like)
+        assert gpu_limits.shared_memory(capability) == gpu_limits.shared_memory(like)
         assert edge.tiles_for(capability, "forward") == edge.tiles_for(like, "forward")
 
 

@@ -18,9 +18,9 @@ import pytest
 
 from foldkernels.cli.main import main
 from foldkernels.cli.options import device_of_rank
-from foldkernels.compat.files import locks as claims
+from foldkernels.compat.files import locks
 from foldkernels.compat.files.locks import Claim, claim_path, holder
-from foldkernels.compat.multiflow.runs import work_sharing as sharing
+from foldkernels.compat.multiflow.runs import work_sharing
 from foldkernels.compat.multiflow.runs.rank import Worker
 from foldkernels.compat.multiflow.runs.sampling import run_sampling
 from foldkernels.errors import BadInput
@@ -205,7 +205,7 @@ def test_a_late_rank_finds_the_work_done(tmp_path: Path) -> None:
 
 def test_a_file_system_without_locks(tmp_path: Path, alone: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody can tell then what another makes: each rank does its own share, and no more."""
-    monkeypatch.setattr(claims, "fcntl", None)
+    monkeypatch.setattr(locks, "fcntl", None)
     model = BatchSensitive()
     run_sampling(model, CONFIG, tmp_path, worker=Worker(0, 2), **ASKED)
     assert model.calls == 9
@@ -257,7 +257,7 @@ def test_a_sample_that_was_finished_just_before_it_was_claimed(
 
 
 def test_a_lone_process_says_for_whom_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing, "_PATIENCE", 0.2)
+    monkeypatch.setattr(work_sharing, "_PATIENCE", 0.2)
     (tmp_path / "length_6").mkdir()
     claim = Claim.take(tmp_path / "length_6" / "sample_1")
     assert claim is not None
