@@ -16,13 +16,14 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.t
 # One thread a process: the tests already run side by side.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 
-.PHONY: help install demo test test-all test-bare test-peers lint bench docs clean
+.PHONY: help install demo test test-all test-bare test-versions test-peers lint bench docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      a first look at what foldkernels does on this machine"
 	@echo "make test      the tests (make test-all: the slow ones too)"
 	@echo "make test-bare the tests, in an environment without any optional package"
+	@echo "make test-versions   the quick tests, with the oldest and the newest torch on each Python here; downloads GB"
 	@echo "make test-peers   fair-esm and boltz, from the package index, beside their accelerated copies"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     the benchmarks"
@@ -58,6 +59,10 @@ test-all: $(INSTALLED)
 test-bare: $(INSTALLED)
 	$(PYTEST) --bare $(ARGS)
 
+# Environments of 5 GB, one at a time, made in .versions and deleted; ARGS="--python 3.12 --torch oldest" makes one.
+test-versions: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(PY) tests/support/versions.py --jobs $(JOBS) $(ARGS)
+
 # Other projects' own code, which `make test` never needs: into a folder beside .venv, without what they depend on.
 test-peers: $(INSTALLED)
 	$(PY) -m pip --disable-pip-version-check install --quiet --upgrade --target .peers --no-deps -r tests/peers/requirements.txt
@@ -65,7 +70,7 @@ test-peers: $(INSTALLED)
 	PYTHONPATH=.peers OMP_NUM_THREADS=1 $(PY) -m pytest tests/peers $(ARGS)
 
 lint: $(INSTALLED)
-	$(PY) -m pytest -q tests/test_style.py
+	$(PY) -m pytest -q tests/repo/test_style.py
 
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.studies.multiflow_cpu $(ARGS)
@@ -77,5 +82,5 @@ docs: $(INSTALLED)
 	@echo "open site/index.html"
 
 clean:
-	rm -rf .peers build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .peers .versions build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, List, TypeVar  # noqa: UP035
 
 import torch
 from torch import Tensor
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+#: A list of tensors in the signature of a custom operator: the one spelling that PyTorch 2.6's `custom_op` can read.
+TensorList = List[Tensor]  # noqa: UP006
 #: Whether autocast is on for any device: one call, where asking for a tensor's own device costs several. A PyTorch
 #: without it is asked for the device.
 _autocast_somewhere: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
@@ -30,6 +32,24 @@ def any_requires_grad(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
+
+
+def require_one_device(like: Tensor, *others: Tensor | None) -> None:
+    """Raise PyTorch's own error where tensors are on several devices.
+
+    A custom operator with one of them on meta (weights that were never loaded, or are offloaded) would run as on meta,
+    and give back memory that nobody wrote.
+
+    Raises:
+        RuntimeError: They are.
+    """
+    device = like.device
+    for other in others:
+        if other is not None and other.device != device:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                f"{device} and {other.device}!"
+            )
 
 
 def floating_type(like: Tensor) -> torch.dtype:

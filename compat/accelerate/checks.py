@@ -13,6 +13,14 @@ from .recognition import Declined
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def class_among(module: nn.Module, names: Collection[str]) -> type[nn.Module] | None:
+    """The module's class, or the nearest of its bases, that has one of these names.
+
+    FSDP and `parametrize` put a class of their own over a module's.
+    """
+    return next((kind for kind in type(module).__mro__ if kind.__name__ in names), None)
+
+
 def is_ours(module: nn.Module) -> bool:
     """Whether the module's class is this package's own: several have the names and parameters of others'."""
     return type(module).__module__.partition(".")[0] == __name__.partition(".")[0]

@@ -7,7 +7,7 @@ import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..dtypes import any_requires_grad, cast, floating_type, without_autocast
+from ..dtypes import any_requires_grad, cast, floating_type, require_one_device, without_autocast
 from ..registry import function_for, register_operation
 from ..registry.types import Operation
 
@@ -50,6 +50,7 @@ def attention(
     b, n, h, d = q.shape
     if dropout > 0.0:
         keep = pytorch.empty(b, h, n, n, device=q.device, dtype=pytorch.bool).bernoulli_(1.0 - dropout)
+    require_one_device(q, k, v, mask)
     run = function_for(
         OPERATION.name,
         q,
@@ -86,6 +87,7 @@ def attention_maps(
     Raises:
         KernelUnavailable: No kernel that the configuration allows forms the weights.
     """
+    require_one_device(q, k, mask)
     run = function_for(
         OPERATION.name,
         q,

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..common.pair_projection import PairProjection, pair_bias
-from ..dtypes import any_requires_grad, cast, floating_type, without_autocast
+from ..dtypes import any_requires_grad, cast, floating_type, require_one_device, without_autocast
 from ..registry import function_for, register_operation
 from ..registry.types import Operation
 
@@ -69,12 +69,14 @@ def attention_pair_bias(
     m = k.shape[1]
     if s % pairs.shape[0]:
         raise ValueError(f"attention_pair_bias: {s} sequences cannot share {pairs.shape[0]} pair tensors")
+    weights = (projection.norm_weight, projection.norm_bias, projection.weight) if projection is not None else ()
+    require_one_device(q, k, v, pairs, mask, *weights)
     run = function_for(
         OPERATION.name,
         q,
         length=m,
         dims={"h": h, "d": d},
-        grad=any_requires_grad(q, k, v, bias, z, *(projection[:3] if projection is not None else ())),
+        grad=any_requires_grad(q, k, v, pairs, *weights),
         config=config,
         options=("cross",) if n != m else (),
     )

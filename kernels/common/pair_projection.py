@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..dtypes import widest
+from ..dtypes import require_one_device, widest
 from .double_backward import no_double_backward
 from .matmul import accumulate_
 from .pair_blocks import layer_norm_backward, zeros_like_wide
@@ -52,6 +52,7 @@ def pair_bias(
         weight: The linear layer's weight.
         eps: LayerNorm's epsilon.
     """
+    require_one_device(z, norm_weight, norm_bias, weight)
     bias: Tensor = pair_bias_streamed(z, norm_weight, norm_bias, weight, eps)
     return bias
 

@@ -8,7 +8,7 @@ import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..dtypes import any_requires_grad, floating_type, in_use, without_autocast
+from ..dtypes import any_requires_grad, floating_type, in_use, require_one_device, without_autocast
 from ..registry import function_for, register_operation
 from ..registry.types import Operation
 
@@ -76,12 +76,14 @@ def edge_features(
     Raises:
         KernelUnavailable: No kernel that the configuration allows can serve the call.
     """
+    read = (nodes, relpos_weight, relpos_bias, *weights, *biases, norm_weight, norm_bias)
+    require_one_device(*read, positions, positions_sc, chain, diffuse, mask)
     run = function_for(
         OPERATION.name,
         nodes,
         length=nodes.shape[1],
         dims={"f": nodes.shape[-1], "cz": weights[2].shape[0], "bins": num_bins},
-        grad=any_requires_grad(nodes, relpos_weight, relpos_bias, *weights, *biases, norm_weight, norm_bias),
+        grad=any_requires_grad(*read),
         config=config,
         options=in_use(chain=chain, diffuse=diffuse),
     )

@@ -6,13 +6,13 @@ from torch import Tensor
 from ..common.double_backward import no_double_backward
 from ..common.pair_blocks import zeros_like_wide
 from ..common.row_blocks import Scratch, block_dtype, row_blocks
-from ..dtypes import item_masks
+from ..dtypes import TensorList, item_masks
 from ._rows import Geometry, Split, backward_rows, forward_rows, prepare
 
 
 @torch.library.custom_op("foldkernels::edge_features_streamed", mutates_args=())
 def edge_features_streamed(
-    parts: list[Tensor],
+    parts: TensorList,
     positions: Tensor,
     positions_sc: Tensor,
     chain: Tensor | None,
@@ -44,14 +44,14 @@ def _(parts, positions, positions_sc, chain, mask, num_bins, eps, out_dtype):  #
 @torch.library.custom_op("foldkernels::edge_features_streamed_backward", mutates_args=())
 def edge_features_streamed_backward(
     d_out: Tensor,
-    parts: list[Tensor],
+    parts: TensorList,
     positions: Tensor,
     positions_sc: Tensor,
     chain: Tensor | None,
     mask: Tensor | None,
     num_bins: int,
     eps: float,
-) -> list[Tensor]:
+) -> TensorList:
     """The gradient of each part."""
     dtype = block_dtype(d_out)
     split = prepare(Split(*parts), d_out)

@@ -8,7 +8,7 @@ import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..dtypes import any_requires_grad, cast, floating_type, without_autocast
+from ..dtypes import any_requires_grad, cast, floating_type, require_one_device, without_autocast
 from ..registry import function_for, precision, register_operation
 from ..registry.types import Operation
 
@@ -61,6 +61,7 @@ def edge_transition(
         KernelUnavailable: No kernel that the configuration allows can serve the call.
     """
     weights = (weight_1, bias_1, weight_2, bias_2, weight_out, bias_out, norm_weight, norm_bias)
+    require_one_device(z, nodes, mask, *weights)
     run = function_for(
         OPERATION.name,
         z,

@@ -11,6 +11,7 @@ from triton.runtime.errors import OutOfResources
 
 from ..common.matmul import accumulate_
 from ..common.row_blocks import row_blocks
+from ..dtypes import TensorList
 from ..hardware import machine
 from ..triton_tools import _language
 from ..triton_tools._language import INTERPRETED
@@ -151,7 +152,7 @@ class _Call:
 
 
 @torch.library.custom_op("foldkernels::edge_transition_triton", mutates_args=())
-def edge_transition_triton(z: Tensor, parts: list[Tensor], mask: Tensor | None, eps: float) -> Tensor:
+def edge_transition_triton(z: Tensor, parts: TensorList, mask: Tensor | None, eps: float) -> Tensor:
     """Update z [b, n, n, cz]; `parts` are the fields of `Split`."""
     call = _Call(z, parts, mask, eps)
     out = z.new_empty(*z.shape[:3], call.c_out)
@@ -168,8 +169,8 @@ def _(z, parts, mask, eps):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("foldkernels::edge_transition_triton_backward", mutates_args=())
 def edge_transition_triton_backward(
-    d_out: Tensor, z: Tensor, parts: list[Tensor], mask: Tensor | None, eps: float
-) -> list[Tensor]:
+    d_out: Tensor, z: Tensor, parts: TensorList, mask: Tensor | None, eps: float
+) -> TensorList:
     """The gradients of z and of each part, in this order; hidden layers are kept for one block of rows at a time."""
     call = _Call(z, parts, mask, eps)
     d_out, n, wide = _inner_contiguous(d_out), call.n, call.wide

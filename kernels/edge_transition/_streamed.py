@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ..common.row_blocks import Scratch, block_dtype, row_blocks
-from ..dtypes import item_masks
+from ..dtypes import TensorList, item_masks
 from ._autograd import differentiate
 from ._rows import Split, backward_rows, forward_rows, hidden_rows, prepare, zero_gradients
 
 
 @torch.library.custom_op("foldkernels::edge_transition_streamed", mutates_args=())
-def edge_transition_streamed(z: Tensor, parts: list[Tensor], mask: Tensor | None, eps: float) -> Tensor:
+def edge_transition_streamed(z: Tensor, parts: TensorList, mask: Tensor | None, eps: float) -> Tensor:
     """Update z [b, n, n, cz]; `parts` are the fields of `Split`."""
     dtype = block_dtype(z)
     prepared = prepare(Split(*parts), z)
@@ -33,8 +33,8 @@ def _(z, parts, mask, eps):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("foldkernels::edge_transition_streamed_backward", mutates_args=())
 def edge_transition_streamed_backward(
-    d_out: Tensor, z: Tensor, parts: list[Tensor], mask: Tensor | None, eps: float
-) -> list[Tensor]:
+    d_out: Tensor, z: Tensor, parts: TensorList, mask: Tensor | None, eps: float
+) -> TensorList:
     """The gradients of z and of each part, in this order."""
     dtype = block_dtype(z)
     prepared = prepare(Split(*parts), z)

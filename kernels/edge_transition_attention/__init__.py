@@ -9,7 +9,7 @@ from typing import NamedTuple
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..dtypes import any_requires_grad, floating_type, without_autocast
+from ..dtypes import any_requires_grad, floating_type, require_one_device, without_autocast
 from ..registry import common_kernel, function_for, register_operation
 from ..registry.types import Operation
 
@@ -81,7 +81,9 @@ def edge_transition_attention(
     Raises:
         KernelUnavailable: No kernel that the configuration allows can serve the call.
     """
-    grad = any_requires_grad(nodes, z, *edge_weights, q, k, v, q_points, k_points, v_points, point_weights, bias_weight)
+    read = (nodes, z, *edge_weights, q, k, v, q_points, k_points, v_points, point_weights, bias_weight)
+    require_one_device(*read, mask)
+    grad = any_requires_grad(*read)
     run = function_for(
         OPERATION.name,
         z,

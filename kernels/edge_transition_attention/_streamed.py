@@ -6,14 +6,14 @@ from torch import Tensor
 from ..common.double_backward import no_double_backward
 from ..common.pair_blocks import layer_norm_rows
 from ..common.row_blocks import Scratch, attended_dtype, block_dtype, row_blocks
-from ..dtypes import item_masks
+from ..dtypes import TensorList, item_masks
 from ..edge_transition import _rows as edge
 from ..invariant_point_attention import _rows as ipa
 
 
 def _forward(
     z: Tensor,
-    parts: list[Tensor],
+    parts: TensorList,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -39,7 +39,7 @@ def _forward(
 @torch.library.custom_op("foldkernels::edge_transition_attention_streamed", mutates_args=())
 def fused_streamed(
     z: Tensor,
-    parts: list[Tensor],
+    parts: TensorList,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -57,7 +57,7 @@ def fused_streamed(
 @torch.library.custom_op("foldkernels::edge_transition_attention_streamed_", mutates_args=("z",))
 def fused_streamed_(
     z: Tensor,
-    parts: list[Tensor],
+    parts: TensorList,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -92,14 +92,14 @@ def fused_streamed_backward(
     d_out: Tensor,
     d_pair: Tensor,
     z: Tensor,
-    parts: list[Tensor],
+    parts: TensorList,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     bias_weight: Tensor,
     mask: Tensor,
     eps: float,
-) -> list[Tensor]:
+) -> TensorList:
     """The gradients of z, q, k, v and bias_weight, then of each part. The new z is computed again, block by block."""
     dtype = block_dtype(z)
     split = edge.prepare(edge.Split(*parts), z)

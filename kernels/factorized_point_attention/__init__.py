@@ -13,7 +13,7 @@ import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..dtypes import any_requires_grad, cast, floating_type, in_use, without_autocast
+from ..dtypes import any_requires_grad, cast, floating_type, in_use, require_one_device, without_autocast
 from ..registry import function_for, precision, register_operation
 from ..registry.types import Operation
 
@@ -99,6 +99,8 @@ def factorized_point_attention(
     inner = attention_dtype or (pytorch.bfloat16 if rounded else dtype)
     b1, b2 = bias_factors or (None, None)
     z1, z2 = pair_factors or (None, None)
+    read = (q, k, v, q_points, k_points, v_points, point_weights, b1, b2, z1, z2)
+    require_one_device(*read, mask)
     with without_autocast(q):
         run = function_for(
             OPERATION.name,
@@ -112,7 +114,7 @@ def factorized_point_attention(
                 "r": ranks[0] if ranks else 0,
                 "cp": z1.shape[3] if z1 is not None else 0,
             },
-            grad=any_requires_grad(q, k, v, q_points, k_points, v_points, point_weights, b1, b2, z1, z2),
+            grad=any_requires_grad(*read),
             config=config,
             options=in_use(bias_factors=bias_factors, pair_factors=pair_factors, plain_lifting=lifting == "plain"),
         )

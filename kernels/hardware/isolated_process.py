@@ -1,4 +1,4 @@
-"""Tries packages in another process, which may die in our place: starts `import_probe.py`, watches it, reads what it found."""
+"""Trial imports of packages in another process, which may die in our place: starts `import_probe.py` and watches it."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..dtypes import any_requires_grad, cast, floating_type, in_use, without_autocast
+from ..dtypes import any_requires_grad, cast, floating_type, in_use, require_one_device, without_autocast
 from ..registry import function_for, precision, register_operation
 from ..registry.types import Operation
 
@@ -72,6 +72,7 @@ def invariant_point_attention(
     b, n, h, c = q.shape
     if logit_dropout > 0.0:
         keep = pytorch.empty(b, h, n, n, device=q.device).bernoulli_(1.0 - logit_dropout).div_(1.0 - logit_dropout)
+    require_one_device(q, k, v, q_points, k_points, v_points, point_weights, z, bias_weight, mask, pair_mask)
     run = function_for(
         OPERATION.name,
         q,

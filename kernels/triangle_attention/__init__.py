@@ -7,7 +7,7 @@ after (gate, output projection) is the caller's, or `triangle_attention_update`'
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..dtypes import any_requires_grad, cast, floating_type, without_autocast
+from ..dtypes import any_requires_grad, cast, floating_type, require_one_device, without_autocast
 from ..registry import function_for, register_operation
 from ..registry.types import Operation
 
@@ -51,6 +51,7 @@ def triangle_attention(
         KernelUnavailable: No kernel that the configuration allows can serve the call.
     """
     _, h, n, m, d = q.shape
+    require_one_device(q, k, v, bias, mask)
     run = function_for(
         OPERATION.name,
         q,

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dtypes import any_requires_grad, cast, floating_type, without_autocast
+from ..dtypes import any_requires_grad, cast, floating_type, require_one_device, without_autocast
 from ..registry import common_kernel, function_for, register_operation
 from ..registry.types import Operation
 from ..triangle_attention import triangle_attention
@@ -75,6 +75,7 @@ def triangle_attention_update(
     Raises:
         KernelUnavailable: No kernel that the configuration allows can serve the call.
     """
+    require_one_device(z, mask, *weights)
     # A z that autocast would cast is the separate layers' business: they know what to leave in float32.
     if floating_type(z) is z.dtype and common_kernel(OPERATION.name, z, config=config, **_sizes(z, weights)):
         return one_pass(z, mask, weights, ending=ending, eps=eps, config=config)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..common.double_backward import no_double_backward
 from ..common.row_blocks import row_blocks
-from ..dtypes import widest
+from ..dtypes import TensorList, widest
 from ._rows import Backward, Forward
 
 
@@ -17,7 +17,7 @@ from ._rows import Backward, Forward
 def triangle_attention_update_streamed(
     z: Tensor,
     mask: Tensor | None,
-    weights: list[Tensor],
+    weights: TensorList,
     gate_bias: Tensor | None,
     out_bias: Tensor | None,
     ending: bool,
@@ -45,12 +45,12 @@ def triangle_attention_update_streamed_backward(
     d_out: Tensor,
     z: Tensor,
     mask: Tensor | None,
-    weights: list[Tensor],
+    weights: TensorList,
     gate_bias: Tensor | None,
     out_bias: Tensor | None,
     ending: bool,
     eps: float,
-) -> list[Tensor]:
+) -> TensorList:
     """The gradients of z, of each of `weights`, of gate_bias and of out_bias."""
     dz = torch.empty_like(z, memory_format=torch.contiguous_format)
     d_out, z, into = (x.transpose(1, 2) if ending else x for x in (d_out, z, dz))

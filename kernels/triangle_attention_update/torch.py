@@ -18,7 +18,7 @@ def run(
 ) -> Float[Tensor, "b n n cz"]:
     """Stream over rows, or over columns if `ending`."""
     out: Tensor = triangle_attention_update_streamed(
-        z, mask, list(weights[:8]), weights.gate_bias, weights.out_bias, ending, eps
+        z, mask, list(weights)[:8], weights.gate_bias, weights.out_bias, ending, eps
     )
     return out
 

@@ -10,7 +10,7 @@ import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..dtypes import any_requires_grad, cast, floating_type, without_autocast
+from ..dtypes import any_requires_grad, cast, floating_type, require_one_device, without_autocast
 from ..registry import function_for, register_operation
 from ..registry.types import Operation
 
@@ -80,6 +80,7 @@ def triangle_multiplication(
     """
     if direction not in ("outgoing", "incoming"):
         raise ValueError(f"triangle_multiplication: direction is 'outgoing' or 'incoming', not {direction!r}")
+    require_one_device(z, mask, *weights)
     run = function_for(
         OPERATION.name,
         z,
@@ -87,7 +88,7 @@ def triangle_multiplication(
         dims={"cz": z.shape[3], "c": weights.p_out.shape[1]},
         grad=any_requires_grad(z, *weights),
         config=config,
-        options=("bias",) if any(bias is not None for bias in weights[8:]) else (),
+        options=("bias",) if any(bias is not None for bias in list(weights)[8:]) else (),
     )
     dtype = floating_type(z)
     with without_autocast(z):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..common.double_backward import no_double_backward
+from ..dtypes import TensorList
 from . import Weights
 from ._channels import backward_item, forward_item, prepare
 
@@ -12,7 +13,7 @@ from ._channels import backward_item, forward_item, prepare
 def triangle_multiplication_streamed(
     z: Tensor,
     mask: Tensor | None,
-    weights: list[Tensor],
+    weights: TensorList,
     p_in_bias: Tensor | None,
     g_in_bias: Tensor | None,
     p_out_bias: Tensor | None,
@@ -39,14 +40,14 @@ def triangle_multiplication_streamed_backward(
     d_out: Tensor,
     z: Tensor,
     mask: Tensor | None,
-    weights: list[Tensor],
+    weights: TensorList,
     p_in_bias: Tensor | None,
     g_in_bias: Tensor | None,
     p_out_bias: Tensor | None,
     g_out_bias: Tensor | None,
     outgoing: bool,
     eps: float,
-) -> list[Tensor]:
+) -> TensorList:
     """The gradients of z, of each of `weights`, and of each bias, the missing ones included."""
     dz = torch.empty_like(z, memory_format=torch.contiguous_format)
     given = Weights._make((*weights, p_in_bias, g_in_bias, p_out_bias, g_out_bias))

@@ -18,7 +18,7 @@ def run(
 ) -> Float[Tensor, "b n n cz"]:
     """Stream."""
     out: Tensor = triangle_multiplication_streamed(
-        z, mask, list(weights[:8]), *weights[8:], direction == "outgoing", eps
+        z, mask, list(weights)[:8], *list(weights)[8:], direction == "outgoing", eps
     )
     return out
 

@@ -85,6 +85,7 @@ def is_one_clear_screen(done: Done) -> bool:
 # Sampling -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_sample_writes_files_and_says_which_kernels_ran(call, small, tmp_path):
     out = tmp_path / "out"
     words = ("sample", small, "--length", "12,17", "--length", 20, "--timesteps", 3, "--kernel", "flash", "--out", out)
@@ -288,6 +289,7 @@ def test_a_kernel_that_cannot_run_here(call, small, tmp_path, imaginary):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "words",
     [
@@ -353,6 +355,7 @@ def test_more_memory_than_there_is(call, small, monkeypatch, make):
 # The other commands ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_convert_gives_a_checkpoint_that_samples_the_same(call, small, tmp_path):
     report = json.loads(call("convert", small, tmp_path / "safe", "--json").out)
     assert Path(report["weights"]).name == "model.safetensors" and report["tensors"] > 100
@@ -373,6 +376,7 @@ def test_convert_does_not_need_the_kernels_that_the_file_names(call, copy, tmp_p
     assert "imaginary" in (tmp_path / "safe" / "config.yaml").read_text()
 
 
+@pytest.mark.quick
 def test_explain_reads_the_files_kernel_section(call, copy, goldens):
     config = copy / "config.yaml"
     text = config.read_text()
@@ -407,6 +411,7 @@ def test_explain_says_what_cannot_run(call, small, imaginary):
     assert any(choice["refused"] for choice in report["choices"])
 
 
+@pytest.mark.quick
 def test_doctor(call, monkeypatch, imaginary):
     monkeypatch.setenv("FOLDKERNELS_KERNEL", "flash")
     done = call("doctor", "--device", "cpu", "--no-check")
@@ -445,6 +450,7 @@ def test_doctor_never_crashes(call, monkeypatch):
     assert json.loads(call("doctor", "--no-check", "--json").out)["problems"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("command", ["sample", "convert", "explain", "doctor", "verify", "tune"])
 def test_help_has_examples(call, command):
     done = call(command, "--help")

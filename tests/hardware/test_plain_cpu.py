@@ -64,7 +64,8 @@ def test_every_operation_and_the_model(root, capability):
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=os.sep)
     assert done.returncode == 0, done.stderr[-3000:]
     answer = json.loads(done.stdout.splitlines()[-1])
-    assert answer["capability"] == capability.upper(), "PyTorch chose other kernels: the test tests nothing"
+    names = {capability.upper(), {"default": "NO AVX"}.get(capability)}  # as PyTorch 2.6 calls it
+    assert answer["capability"] in names, "PyTorch chose other kernels: the test tests nothing"
     assert not answer["missed"], "\n".join(answer["missed"])
     assert answer["checked"] > 300
     assert answer["errors"] and max(answer["errors"].values()) < 1e-4, answer["errors"]

@@ -35,6 +35,8 @@ from foldkernels.modules.trunk import Trunk
 
 from .kernel_cases import build, operations
 
+pytestmark = pytest.mark.quick
+
 # Compiling costs seconds, the same for each length that is new: of what users get in the end, inductor's code, one test
 # that is slow tells; the others stop at the graph.
 LENGTHS = (9, 17, 33, 12, 24)

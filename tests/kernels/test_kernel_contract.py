@@ -25,6 +25,8 @@ LENGTHS = (1, 2, 7, 15, 16, 17, 31, 33, 64, 100, 101, 127, 129, 200, 201)
 EVERY_LAYOUT = (1, 2, 7, 17, 33)
 #: The longest length of `make test`, and two more that are tried with masks.
 SHORT, LONG = 64, (101, 129)
+#: The length of `make test-versions`.
+QUICK = 17
 KERNELS = [pytest.param(*pair, id="-".join(pair)) for pair in kernels()]
 each_kernel = pytest.mark.parametrize(("operation", "kernel"), KERNELS)
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -56,6 +58,7 @@ def _everything() -> Iterator[Any]:
         quick = n in EVERY_LAYOUT or (n <= short and variant in ("plain", "masked"))
         quick = quick or (n in LONG and variant == "masked" and "triangle" not in operation)
         marks = [] if quick else [pytest.mark.slow]
+        marks += [pytest.mark.quick] if n == QUICK and variant in ("plain", "masked") else []
         yield pytest.param(operation, kernel, n, variant, marks=marks, id=f"{operation}-{kernel}-{n}-{variant}")
 
 

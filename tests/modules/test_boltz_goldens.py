@@ -25,6 +25,8 @@ from foldkernels.modules.triangle_multiplication import TriangleMultiplicationIn
 
 from ..support.goldens import part
 
+pytestmark = pytest.mark.quick
+
 FOLDER = Path(__file__).resolve().parents[1] / "goldens" / "boltz"
 KERNELS = ("reference", "torch")
 OPERATION, LAYER = 5e-6, 1e-5  # what an output may differ by

@@ -22,6 +22,8 @@ from foldkernels.modules.rigid import Rigid
 
 from ..support.goldens import part
 
+pytestmark = pytest.mark.quick
+
 FOLDER = Path(__file__).resolve().parents[1] / "goldens" / "cogeneration"
 KERNELS = ("reference", "torch")
 FILM = ("film0_ln0", "film0_ln1", "film1_ln0", "film1_ln1")

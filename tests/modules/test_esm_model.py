@@ -24,6 +24,8 @@ from foldkernels.modules.esm2 import ESM2
 from foldkernels.modules.esm_alphabet import Alphabet
 from foldkernels.modules.length_groups import Group, groups_of
 
+pytestmark = pytest.mark.quick
+
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 TINY = GOLDENS / "esm" / "esm2_t3_tiny.pt"
 #: What a golden may be missed by.

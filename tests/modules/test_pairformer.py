@@ -31,6 +31,8 @@ from foldkernels.modules.triangle_attention import (
 )
 from foldkernels.modules.triangle_multiplication import TriangleMultiplicationIncoming, TriangleMultiplicationOutgoing
 
+pytestmark = pytest.mark.quick
+
 KERNELS = ("reference", "torch")
 C_S, C_Z, HEADS, WIDTH, PAIR_HEADS = 12, 8, 3, 5, 2
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from foldkernels.modules.rigid import Rigid
 
+pytestmark = pytest.mark.quick
+
 ANGSTROM_TO_NM = 0.1
 
 

@@ -20,6 +20,8 @@ from foldkernels.kernels.registry import record_kernels
 
 from ..support.goldens import batch_of, part, read, small_model
 
+pytestmark = pytest.mark.quick
+
 KERNELS = ("reference", "torch")
 CASE = "small/case_L17.safetensors"
 

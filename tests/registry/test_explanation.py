@@ -13,6 +13,8 @@ from foldkernels.kernels.hardware.machine import MACHINES, Machine
 from foldkernels.kernels.registry import choice, registration
 from foldkernels.kernels.registry.types import Kernel, Reason
 
+pytestmark = pytest.mark.quick
+
 DEVICES = {"h100": "cuda", "a100": "cuda", "rtx4090": "cuda", "mac": "mps", "cpu": "cpu"}
 SECTION = {"node_embed_size": 32, "edge_embed_size": 16, "ipa": {"num_blocks": 2, "seq_tfmr_num_layers": 1}}
 SECTION |= {"node_features": {}, "edge_features": {}}

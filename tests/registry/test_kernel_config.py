@@ -20,6 +20,8 @@ from foldkernels.kernels.hardware.machine import MACHINES
 from foldkernels.kernels.registry import decide, kernels, operations, settings_of, token
 from foldkernels.kernels.registry.types import Dims, Request
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:

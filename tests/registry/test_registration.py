@@ -42,6 +42,8 @@ from ..support.requested import (
 )
 from ..support.standins import from_16_on, load_a, load_b, refuses, restored, run_a, run_b, serves, stand_in
 
+pytestmark = pytest.mark.quick
+
 # --------------------------------------------------------------------------------------------------------- registration
 
 

@@ -34,6 +34,8 @@ from ..support.requested import (
 )
 from ..support.standins import from_16_on, refuses, stand_in
 
+pytestmark = pytest.mark.quick
+
 # ------------------------------------------------------------------------------------------------------- data, and text
 
 

@@ -164,6 +164,7 @@ def test_the_import_is_quick():
     assert seconds < 0.15
 
 
+@pytest.mark.quick
 def test_the_import_brings_nothing_optional_and_no_gpu():
     printed = run(
         f"""
@@ -185,6 +186,7 @@ def test_the_import_brings_nothing_optional_and_no_gpu():
     assert printed == ""
 
 
+@pytest.mark.quick
 def test_a_choice_does_not_load_the_compiler():
     """Dynamo takes longer to load than everything here together: whoever compiles nothing does not wait for it."""
     printed = run(

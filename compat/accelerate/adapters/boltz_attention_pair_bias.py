@@ -72,10 +72,11 @@ class BoltzAttentionPairBias(Adapter):
         if taken == _BOLTZ_1:
             if not projected or not isinstance(getattr(layer, "initial_norm", None), bool):
                 raise Declined("it takes Boltz-1's arguments, but lacks its proj_z or initial_norm")
-            return Recognised("Boltz-1", boltz_1, uses)
+            return Recognised("Boltz-1", boltz_1, uses, calls=(*_PROJECTIONS, "norm_s"))
         if getattr(layer, "compute_pair_bias", None) is not projected:
             raise Declined("whether z is a bias cannot be told: compute_pair_bias and proj_z differ")
-        return Recognised("Boltz-2" if projected else "Boltz-2, given a bias", boltz_2, uses)
+        form = "Boltz-2" if projected else "Boltz-2, given a bias"
+        return Recognised(form, boltz_2, uses, calls=_PROJECTIONS)
 
     def example(self, module: nn.Module, generator: torch.Generator) -> Example:
         """See the class."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ....kernels.registry.binding import Use
 from ....kernels.triangle_multiplication import Direction, triangle_multiplication
 from ....modules.triangle_multiplication import TriangleMultiplication
-from ..checks import require_children, require_linear, require_parameters, require_signature
-from ..recognition import Adapter, Declined, Example, Forward, Recognised
+from ..checks import class_among, require_children, require_linear, require_parameters, require_signature
+from ..recognition import Adapter, Example, Forward, Recognised
 from ..replacement import original_forward
 from ._openfold import HALF, in_float16, require_norms
 from ._pairs import is_square, pair_example, squares
@@ -55,8 +55,6 @@ class BoltzTriangleMultiplication(Adapter):
             "x mask": ("Boltz up to 2.0", boltz_before_kernels),
         }
         form, forward = forms[require_signature(module, *forms)]
-        if type(module).__name__ not in _DIRECTIONS:
-            raise Declined("its name does not say whether it is outgoing or incoming")
         return Recognised(form, forward, uses, (HALF,))
 
     def example(self, module: nn.Module, generator: torch.Generator) -> Example:
@@ -92,11 +90,17 @@ def _update(layer: Any, x: Tensor, mask: Tensor) -> Tensor:
         z,
         pairs,
         TriangleMultiplication.weights(layer),
-        _DIRECTIONS[type(layer).__name__],
+        _direction(layer),
         eps=layer.norm_in.eps,
         config=layer.kernel_config,
     )
     return update.reshape(x.shape)
+
+
+def _direction(layer: nn.Module) -> Direction:
+    kind = class_among(layer, _DIRECTIONS)
+    assert kind is not None  # recognised
+    return _DIRECTIONS[kind.__name__]
 
 
 ADAPTER = BoltzTriangleMultiplication()

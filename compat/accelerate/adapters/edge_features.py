@@ -92,7 +92,7 @@ class EdgeFeatures(Adapter):
         require_exactly(module, edge_embedder=nn.Sequential, edge_embedder__1=nn.ReLU, edge_embedder__3=nn.ReLU)
         require_children(layer.edge_embedder, "012345")
         require_layer_norm(module, "edge_embedder.5", width)
-        return Recognised(form, forward, uses)
+        return Recognised(form, forward, uses, calls=("linear_s_p",))
 
     def example(self, module: nn.Module, generator: torch.Generator) -> Example:
         """See the class."""

@@ -50,7 +50,7 @@ class EdgeTransition(Adapter):
             shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
         require_parameters(module, shapes)
         require_layer_norm(module, "layer_norm", out)
-        return Recognised(form, forward, uses, notes)
+        return Recognised(form, forward, uses, notes, calls=("initial_embed",))
 
     def example(self, module: nn.Module, generator: torch.Generator) -> Example:
         """See the class."""

@@ -69,6 +69,7 @@ class MultiflowIPA(Adapter):
         require_exactly(module, softmax=nn.Softmax, softplus=nn.Softplus)
         if not isinstance(getattr(module, "eps", None), float):
             raise Declined("it has no number eps")
+        calls = tuple(name for name in layers if name != "linear_b")
         taken = require_signature(
             module,
             "s z r mask attention_mask= _offload_inference= _z_reference_list=",
@@ -78,16 +79,18 @@ class MultiflowIPA(Adapter):
         if "z_factor_1" in taken:
             if getattr(module, "use_flash_attn", True):
                 raise Declined("its flash path reads z as two factors, which is another function")
-            return Recognised("FlashIPA's slow path", ipa_with_factors, uses, (_OFFLOADED, "without z it runs, too"))
+            without_z = (_OFFLOADED, "without z it runs, too")
+            return Recognised("FlashIPA's slow path", ipa_with_factors, uses, without_z, calls=calls)
         if "attention_mask=" in taken:
             dropout = getattr(module, "dropout_prob", None)
             if not isinstance(dropout, int | float):
                 raise Declined("it has no number dropout_prob")
-            return Recognised("Multiflow", ipa_with_attention_mask, uses, (_OFFLOADED, *[_DROPPED] * (dropout > 0)))
+            notes = (_OFFLOADED, *[_DROPPED] * (dropout > 0))
+            return Recognised("Multiflow", ipa_with_attention_mask, uses, notes, calls=calls)
         if hasattr(module, "dropout_prob"):
             raise Declined("it has a dropout_prob, which this form of it does not read")
         form = "FoldFlow, FrameDiff" if hasattr(module, "linear_rbf") else "FrameFlow"
-        return Recognised(form, ipa_without_attention_mask, uses, (_OFFLOADED,))
+        return Recognised(form, ipa_without_attention_mask, uses, (_OFFLOADED,), calls=(*calls, "linear_rbf"))
 
     def example(self, module: nn.Module, generator: torch.Generator) -> Example:
         """See the class."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ....kernels.registry.binding import Use
 from ....modules.invariant_point_attention import attend_over_pairs
 from ....modules.rigid import Rigid
-from ..checks import require_children, require_exactly, require_parameters, require_signature
+from ..checks import class_among, require_children, require_exactly, require_parameters, require_signature
 from ..frames import example_frames
 from ..recognition import Adapter, Declined, Example, Forward, Recognised
 from ..replacement import original_forward
@@ -83,7 +83,8 @@ class OpenFoldIPA(Adapter):
             _ARGUMENTS.replace(" inplace_safe=", ""): ("RhoFold, ESMFold", copied),
         }
         form, forward = forms[require_signature(module, *forms)]
-        return Recognised(form, forward, uses, (_OFFLOADED, HALF))
+        calls = tuple(key for key in (*plain, *without_bias) if key != "linear_b")
+        return Recognised(form, forward, uses, (_OFFLOADED, HALF), calls=calls)
 
     @staticmethod
     def _require_points(module: nn.Module, key: str, size: _Sizes, count: int, multimer: bool) -> None:
@@ -257,7 +258,7 @@ def copied(
 def _attend(layer: Any, s: Tensor, z: Tensor, r: Any, mask: Tensor) -> Tensor:
     """What all forms compute. The originals broadcast a batch axis of one, so that is done here, too."""
     size = _sizes(layer)
-    if type(layer).__name__ == "InvariantPointAttentionMultimer":
+    if class_among(layer, ("InvariantPointAttentionMultimer",)):
         size = size._replace(eps=_MULTIMER_EPS)
     lead = s.shape[:-1]
     if hasattr(r, "rotation"):  # the multimer's Rigid3Array

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ....kernels.registry.binding import Use
 from ....kernels.triangle_multiplication import Direction, Weights, triangle_multiplication
-from ..checks import require_children, require_exactly, require_parameters, require_signature
+from ..checks import class_among, require_children, require_exactly, require_parameters, require_signature
 from ..recognition import Adapter, Declined, Example, Forward, Recognised
 from ..replacement import original_forward
 from ._openfold import HALF, in_float16, require_linears, require_norms
@@ -151,7 +151,7 @@ def _direction(layer: Any) -> Direction | None:
     What Multiflow and FrameFlow keep of OpenFold always says `_outgoing`: there each class has a product of its own,
     and the name counts.
     """
-    kind = type(layer)
+    kind = class_among(layer, OpenFoldTriangleMultiplication.classes) or type(layer)
     said: Direction = "outgoing" if layer._outgoing else "incoming"
     named: Direction = said
     if kind.__name__.endswith(("Outgoing", "Incoming")):

@@ -20,6 +20,8 @@ from foldkernels.modules.pairformer import PairformerLayer
 from ...support.foreign import boltz, esm, openfold
 from ...support.foreign.frames import random_rigid
 
+pytestmark = pytest.mark.quick
+
 N = 9
 
 

@@ -28,6 +28,8 @@ from foldkernels.compat.checkpoints import unpickler
 from foldkernels.compat.checkpoints.torch_file import read_torch_file
 from foldkernels.errors import BadInput
 
+pytestmark = pytest.mark.quick
+
 GOLDENS = Path(__file__).parents[2] / "goldens" / "multiflow"
 CHECKPOINTS = ("small/last.ckpt", "small_chain/last.ckpt")
 BLOCKED = ("omegaconf", "lightning", "pytorch_lightning", "wandb")

@@ -12,6 +12,8 @@ from foldkernels.kernels.registry import record_kernels
 from ...support.flash_ipa import FACTORISED, MODES, embedder_of, layer_of, model_of
 from ...support.goldens import part
 
+pytestmark = pytest.mark.quick
+
 LAYER, EMBEDDER, GRADIENT = 5e-6, 3e-5, 3e-5
 #: A weight's gradient is a sum over residues: the original's own is 2.6e-5 away from float64's.
 WEIGHT_GRADIENT = 6e-5

@@ -20,6 +20,8 @@ from foldkernels.compat.multiflow.checkpoint import files
 from foldkernels.compat.multiflow.config.sections import interpolant_section, model_section
 from foldkernels.errors import BadInput
 
+pytestmark = pytest.mark.quick
+
 GOLDENS = Path(__file__).parents[2] / "goldens" / "multiflow"
 FOLDERS = ("small", "small_chain")
 

@@ -68,6 +68,13 @@ def stand_in(num_tokens: int = 21) -> Callable[[dict[str, Tensor]], dict[str, Te
     return model
 
 
+def draws_as_recorded() -> bool:
+    """Tell whether `exponential_`, which `torch.multinomial` uses, draws as PyTorch 2.13 does: 2.6 does not."""
+    drawn = torch.empty(3).exponential_(generator=torch.Generator().manual_seed(0))
+    return torch.allclose(drawn, torch.tensor([3.5083263, 1.2303847, 0.6150441]))
+
+
+@pytest.mark.skipif(not draws_as_recorded(), reason="this PyTorch draws other residue types from the recorded seed")
 @pytest.mark.parametrize("path", REPLAYS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_replays_the_original(path: Path) -> None:
     with safe_open(path, "pt") as file:

@@ -26,6 +26,8 @@ from foldkernels.modules.rigid import Rigid
 
 from ...support.goldens import MULTIFLOW, TOLERANCE, batch_of, model_of, part, read, small_model
 
+pytestmark = pytest.mark.quick
+
 KERNELS = ("reference", "torch")
 CASES = sorted(str(path.relative_to(MULTIFLOW)) for path in MULTIFLOW.glob("*/case_*.safetensors"))
 #: On one core the published size takes seconds for these.

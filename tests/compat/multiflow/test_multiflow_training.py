@@ -52,6 +52,7 @@ def same_weights(first: TrainingRun, second: TrainingRun) -> bool:
 # --------------------------------------------------------------------------------------------------------- what it is
 
 
+@pytest.mark.quick
 def test_a_run_writes_what_users_need(tmp_path: Path) -> None:
     """A checkpoint that loads, the whole config, a row for each step, and an account."""
     done = run(tmp_path / "out", steps=3, command_line=["torch"])
@@ -71,6 +72,7 @@ def test_a_run_writes_what_users_need(tmp_path: Path) -> None:
     assert model.config.experiment.training.translation_loss_weight == 2.0
 
 
+@pytest.mark.quick
 def test_training_moves_every_weight_and_lowers_the_loss(tmp_path: Path) -> None:
     done = run(tmp_path / "out", steps=60, config=config(lr=5e-3), data=Batches(8))
     torch.manual_seed(123)
@@ -82,6 +84,7 @@ def test_training_moves_every_weight_and_lowers_the_loss(tmp_path: Path) -> None
     assert sum(losses[-15:]) / 15 < 0.97 * sum(losses[:15]) / 15
 
 
+@pytest.mark.quick
 def test_checkpoints_have_the_originals_layout(tmp_path: Path) -> None:
     """The same entries as a checkpoint of the original's, and one of our own that it passes over."""
     run(tmp_path / "out", steps=1)
@@ -122,6 +125,7 @@ def test_the_original_loads_what_is_trained_here(tmp_path: Path, monkeypatch: py
 # -------------------------------------------------------------------------------------------------- again and onwards
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_resumed_run_is_an_unbroken_one(accumulate: int, tmp_path: Path) -> None:
     """Bit for bit: stopped in an epoch, at its end, and with gradients accumulated over an odd number of batches.
@@ -269,6 +273,7 @@ def test_half_of_the_batches_are_self_conditioned(tmp_path: Path, monkeypatch: p
     assert torch.equal(found["aatypes_sc"][:, 3:], guess["pred_logits"].detach()[:, 3:])
 
 
+@pytest.mark.quick
 def test_mixed_precision_and_other_loggers(tmp_path: Path) -> None:
     settings = config()
     settings["experiment"] = {**settings["experiment"], "logger": "csv"}

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(scope="module")
 def folder(root):

@@ -42,6 +42,7 @@ def test_lengths(ask, n, masked):
     right(ask(n=n, masked=masked, r=2 if n > 17 else 3, h=1 if n > 17 else 2))
 
 
+@pytest.mark.quick
 @with_triton
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("d", [8, 24, 32, *slow(1, 5, 16, 48, 64, 80, 128)])
@@ -52,6 +53,7 @@ def test_head_sizes(ask, d, dtype):
     assert {x["dtype"] for name, x in found.items() if name != "of_empty_rows"} == {f"torch.{dtype}"}
 
 
+@pytest.mark.quick
 @with_triton
 @pytest.mark.parametrize("layout", ["transposed", "spread", "expanded"])
 def test_layouts(ask, layout):

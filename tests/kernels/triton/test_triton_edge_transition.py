@@ -49,6 +49,7 @@ def test_several_tiles_parts_and_blocks(ask, pairs):
     right(ask(pairs=pairs))
 
 
+@pytest.mark.quick
 @with_triton
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(

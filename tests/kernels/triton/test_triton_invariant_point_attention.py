@@ -13,6 +13,7 @@ import torch
 from foldkernels.configs.presets import candidates
 from foldkernels.kernels import registry
 from foldkernels.kernels.invariant_point_attention import _tiles as tiles
+from foldkernels.kernels.triton_tools import gpu_limits
 
 from ...support.ipa_compiled import Cell, compiled
 from ...support.sass import loop

@@ -60,6 +60,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {name: (folder / name).read_text() for name in files(folder) if name != "run.json"}
 
 
+@pytest.mark.quick
 def test_layout_and_account(tmp_path: Path) -> None:
     model = StandIn().train()
     ran: list[str] = []
@@ -115,6 +116,7 @@ def test_layout_and_account(tmp_path: Path) -> None:
     assert fasta[1] == read_structure(run.out_dir / folders[0] / "sample.pdb").sequence
 
 
+@pytest.mark.quick
 def test_a_sample_does_not_depend_on_the_others(tmp_path: Path) -> None:
     run_sampling(StandIn(), CONFIG, tmp_path / "a", lengths=[6, 9], num=3, batch_size=3)
     run_sampling(StandIn(), CONFIG, tmp_path / "b", lengths=[9], num=2, batch_size=1)
@@ -250,6 +252,7 @@ def test_a_real_ctrl_c(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.quick
 @pytest.mark.filterwarnings("ignore:.*no backbone frame")
 def test_inverse_folding_keeps_the_backbone(tmp_path: Path) -> None:
     model = StandIn()
