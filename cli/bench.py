@@ -142,7 +142,7 @@ def run(
 ) -> None:
     """Check each kernel against float64, time those that are right, in turns, and write rows, plots and a report.
 
-    In --out: report.html to read, rows.json to compare later, rows.csv, and a PNG for each operation or model (with
+    In --out: report.page to read, rows.json to compare later, rows.csv, and a PNG for each operation or model (with
     matplotlib, the extra `plots`). Ctrl-C keeps what has been measured.
 
     Exit code 1 if a kernel's numbers are wrong, or --compare finds something slower; 2 if nothing could be measured, or
@@ -378,11 +378,11 @@ def _progress() -> Iterator[Callable[[str, float, float], None]]:
 def _write(results: Results, folder: Path) -> list[Path]:
     """Every file of a run, the report first; without matplotlib there are no PNG files, and a line says so."""
     from ..benchmarks.report import plots
-    from ..benchmarks.report.html import html
+    from ..benchmarks.report.page import html
     from ..benchmarks.report.results import write_csv, write_json
     from ..benchmarks.report.series import figures_of, kernels_of
 
-    report = folder / "report.html"
+    report = folder / "report.page"
     report.write_text(html(results), encoding="utf-8")
     write_json(results, folder / "rows.json")
     write_csv(results.rows, folder / "rows.csv")

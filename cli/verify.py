@@ -15,7 +15,7 @@ from .reporting import print_json, reported
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..compat.multiflow.compare_presets import PresetRow
+    from ..compat.multiflow.preset_comparison import PresetRow
     from ..kernels.testing.verification import Row, Subject
 
 NAME = "verify"
@@ -238,9 +238,9 @@ def _subjects(model: str | None, device: str) -> tuple[list[Subject], Path | Non
 def _made(address: str) -> nn.Module:
     """A user's own model: what it binds itself, or else what `accelerate` would replace in it."""
     from ..compat.accelerate import accelerate
+    from ..compat.accelerate.user_model import make
     from ..errors import BadInput
     from ..kernels.registry.binding import users_of
-    from .accelerate import make
 
     found = make(address)
     if not users_of(found):
@@ -254,7 +254,7 @@ def _made(address: str) -> nn.Module:
 def _presets(checkpoint: Path, device: str, length: int, seed: int) -> list[PresetRow]:
     from ..compat.files.progress import progress_bar
     from ..compat.multiflow.checkpoint.loading import load
-    from ..compat.multiflow.compare_presets import compare_presets
+    from ..compat.multiflow.preset_comparison import compare_presets
     from ..configs.presets import PRESETS
 
     model = load(checkpoint, "reference", device)

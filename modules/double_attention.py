@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels.common.row_blocks import pairs_per_block, slices
+from ..kernels.common.blocking import pairs_per_block, slices
 from .linear import Linear
 from .masks import boolean
 from .pair_shapes import check_square

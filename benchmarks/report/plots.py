@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .drawing import number
 from .series import Curve, Figure, Panel
-from .svg import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

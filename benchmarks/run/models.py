@@ -302,7 +302,7 @@ class OwnModel(ModelSubject):
     first = ORIGINAL
 
     def __init__(self, address: str, inputs: str) -> None:
-        from ...cli.accelerate import found_at, make, tried
+        from ...compat.accelerate.user_model import found_at, make, tried
 
         super().__init__(address, make(address, "--model").eval())
         self._draw, self._inputs_address = found_at(inputs, "--inputs"), inputs

@@ -300,13 +300,13 @@ def _conflicts() -> list[str]:
 
 
 def _toolchain() -> list[dict[str, Any]]:
-    from .toolchain import toolchain
+    from .compilers import toolchain
 
     return [dict(finding) for finding in toolchain()]
 
 
 def _caches() -> list[dict[str, Any]]:
-    from .caches import caches
+    from .cache_folders import caches
 
     return caches()
 

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .row_blocks import slices
+from .blocking import slices
 
 #: Elements that the distances of one block of rows, and their three differences, may have.
 _BLOCK = 1 << 21

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..dtypes import require_one_device, widest
+from .blocking import block_dtype, norm_dtype, row_blocks
 from .double_backward import no_double_backward
 from .matmul import accumulate_
 from .pair_blocks import layer_norm_backward, zeros_like_wide
-from .row_blocks import block_dtype, norm_dtype, row_blocks
 
 
 class PairProjection(NamedTuple):

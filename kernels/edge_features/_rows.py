@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..common.blocking import Scratch, block_dtype, norm_dtype
 from ..common.matmul import accumulate_
 from ..common.pair_blocks import layer_norm_rows, layer_norm_rows_backward, relu_, relu_backward_
-from ..common.row_blocks import Scratch, block_dtype, norm_dtype
 from ..common.sinusoidal import sinusoids
 from . import MAX_RELATIVE_POSITION
 from .reference import bin_edges

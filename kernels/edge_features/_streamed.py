@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..common.blocking import Scratch, block_dtype, row_blocks
 from ..common.double_backward import no_double_backward
 from ..common.pair_blocks import zeros_like_wide
-from ..common.row_blocks import Scratch, block_dtype, row_blocks
 from ..dtypes import TensorList, item_masks
 from ._rows import Geometry, Split, backward_rows, forward_rows, prepare
 

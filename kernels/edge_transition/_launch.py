@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from triton.runtime.errors import OutOfResources
 
+from ..common.blocking import row_blocks
 from ..common.matmul import accumulate_
-from ..common.row_blocks import row_blocks
 from ..dtypes import TensorList
 from ..hardware import machine
 from ..triton_tools import _language

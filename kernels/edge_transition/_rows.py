@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..common.blocking import Scratch, block_dtype, norm_dtype
 from ..common.matmul import accumulate_
 from ..common.pair_blocks import (
     add_rows,
@@ -19,7 +20,6 @@ from ..common.pair_blocks import (
     relu_backward_,
     zeros_like_wide,
 )
-from ..common.row_blocks import Scratch, block_dtype, norm_dtype
 from ..dtypes import widest
 
 

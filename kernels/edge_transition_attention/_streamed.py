@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..common.blocking import Scratch, attended_dtype, block_dtype, row_blocks
 from ..common.double_backward import no_double_backward
 from ..common.pair_blocks import layer_norm_rows
-from ..common.row_blocks import Scratch, attended_dtype, block_dtype, row_blocks
 from ..dtypes import TensorList, item_masks
 from ..edge_transition import _rows as edge
 from ..invariant_point_attention import _rows as ipa

@@ -7,8 +7,8 @@ computes the attention again instead of keeping it.
 import torch
 from torch import Tensor
 
+from ..common.blocking import Scratch
 from ..common.double_backward import no_double_backward
-from ..common.row_blocks import Scratch
 from ..dtypes import without_autocast
 from ._heads import Gradients, Heads, Inputs, head_groups
 

@@ -20,9 +20,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..common.blocking import block_dtype, row_blocks
 from ..common.cuequivariance_limits import ATTENTION_THRESHOLDS, NEEDS, against_attention, check_backward
 from ..common.matmul import add_product_
-from ..common.row_blocks import block_dtype, row_blocks
 from ..dtypes import any_requires_grad
 from ..factorized_point_attention._lifting import lift, query_width, split_values, value_width
 from ..hardware.machine import imported

@@ -5,11 +5,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..biased_attention.streamed import attend, attend_backward
+from ..biased_attention.streaming import attend, attend_backward
+from ..common.blocking import block_dtype, norm_dtype
 from ..common.matmul import accumulate_
 from ..common.pair_blocks import layer_norm_backward, zeros_like_wide
 from ..common.pair_projection import pair_bias_backward, pair_bias_into
-from ..common.row_blocks import block_dtype, norm_dtype
 from ..dtypes import widest
 from . import Weights
 

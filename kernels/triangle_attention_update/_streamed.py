@@ -7,8 +7,8 @@ computes each block's queries, keys, values and weights again.
 import torch
 from torch import Tensor
 
+from ..common.blocking import row_blocks
 from ..common.double_backward import no_double_backward
-from ..common.row_blocks import row_blocks
 from ..dtypes import TensorList, widest
 from ._rows import Backward, Forward
 

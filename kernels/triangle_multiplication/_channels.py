@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..common.blocking import block_dtype, norm_dtype, pairs_per_block, slices
 from ..common.matmul import accumulate_, write_product
 from ..common.pair_blocks import layer_norm_backward
-from ..common.row_blocks import block_dtype, norm_dtype, pairs_per_block, slices
 from ..dtypes import widest
 from . import Weights
 

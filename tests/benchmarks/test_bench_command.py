@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from foldkernels.benchmarks.measure import memory, timing
-from foldkernels.benchmarks.report.html import html
+from foldkernels.benchmarks.report.page import html
 from foldkernels.benchmarks.report.results import BACKWARD, FORWARD, Results, Row, read, write_json
 from foldkernels.benchmarks.run import runner, worker
 from foldkernels.benchmarks.run.operations import OperationSubject, Point
@@ -66,7 +66,7 @@ def test_a_short_run_leaves_rows_a_table_a_report_and_plots(capsys, tmp_path):
     others = [row for row in results.rows if row.kernel == "flash_attn"]
     assert others and all(row.status == "unavailable" and "flash-attn" in row.why for row in others)
     assert len(list(csv.DictReader((out / "rows.csv").open()))) == len(results.rows)
-    assert report["headline"] in (out / "report.html").read_text()
+    assert report["headline"] in (out / "report.page").read_text()
     assert "about" in errors and "2 kernels that run here" in errors
     # A second run does not replace the first unless it is told to.
     code, printed, errors = call(capsys, "attention", "--out", out)
@@ -480,7 +480,7 @@ def test_ctrl_c_keeps_what_was_measured(capsys, tmp_path, tell):
     assert code == 130 and printed == "" and "2 measured rows stay in" in errors and told.closed
     results = read(tmp_path)
     assert {row.length for row in results.measured()} == {16} and results.stopped == "stopped by Ctrl-C"
-    assert "stopped by Ctrl-C" in (tmp_path / "report.html").read_text()
+    assert "stopped by Ctrl-C" in (tmp_path / "report.page").read_text()
 
 
 def test_without_matplotlib_there_is_a_report_and_a_line_that_says_so(capsys, tmp_path, tell, monkeypatch):
@@ -490,7 +490,7 @@ def test_without_matplotlib_there_is_a_report_and_a_line_that_says_so(capsys, tm
     tell()
     code, _, errors = call(capsys, "attention", "-l", "16", "--no-memory", "--device", "cpu", "--out", tmp_path)
     assert code == 0 and "pip install 'foldkernels[plots]'" in errors
-    assert "<svg" in (tmp_path / "report.html").read_text() and not list(tmp_path.glob("*.png"))
+    assert "<svg" in (tmp_path / "report.page").read_text() and not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize(
@@ -549,7 +549,7 @@ def test_ctrl_c_in_a_real_run(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130 and "Traceback" not in errors and "stay in" in errors and printed == ""
-    assert read(tmp_path).measured() and (tmp_path / "report.html").is_file()
+    assert read(tmp_path).measured() and (tmp_path / "report.page").is_file()
 
 
 # The report in a browser ----------------------------------------------------------------------------------------------
@@ -590,7 +590,7 @@ def test_the_report_in_a_browser(tmp_path):
     from .test_bench_numbers import a_run
 
     page = html(a_run())
-    (tmp_path / "report.html").write_text(page)
+    (tmp_path / "report.page").write_text(page)
     watched = page.replace("<head>", f"<head>{CATCH}").replace("</body>", f"{LOOK}</body>")
     (tmp_path / "watched.html").write_text(watched)
     for size in ("1240,900", "420,900"):
@@ -602,7 +602,7 @@ def test_the_report_in_a_browser(tmp_path):
             assert len(plot["labels"]) == 2 and all("(" in label for label in plot["labels"]), "an axis without a unit"
             assert plot["inside"] and plot["width"] > 300 and plot["ticks"] >= 4 and "grows as L" in plot["name"]
         assert found["sorted"] == "ascending" and found["lengths"] == sorted(found["lengths"])
-    done = browse(tmp_path, "report.html", "--screenshot=shot.png", "--enable-logging=stderr")
+    done = browse(tmp_path, "report.page", "--screenshot=shot.png", "--enable-logging=stderr")
     assert (tmp_path / "shot.png").stat().st_size > 20_000
     assert "CONSOLE" not in done.stderr, done.stderr
 

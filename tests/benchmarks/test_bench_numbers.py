@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 
 from foldkernels.benchmarks.measure import statistics, timing
-from foldkernels.benchmarks.report import comparison, html, plots, series, summary, svg
-from foldkernels.benchmarks.report import results as rows
+from foldkernels.benchmarks.report import comparison, drawing, page, plots, series, summary
 from foldkernels.benchmarks.report.comparison import BROKEN, FASTER, MENDED, SAME, SLOWER, UNSURE, compare_results
 from foldkernels.benchmarks.report.results import (
     BACKWARD,
@@ -410,7 +409,7 @@ def test_memory_of_nothing_is_not_drawn():
 
 def test_a_drawing_says_what_it_shows():
     panel = series.figures_of(a_run().measured())[0].panels[0]
-    text = svg.svg(panel, "attention", plots.style_of(["reference", "torch"]), 3)
+    text = drawing.svg(panel, "attention", plots.style_of(["reference", "torch"]), 3)
     assert 'role="img"' in text and '<title id="t3">attention: forward: time</title>' in text
     assert "64: 20 ms, 128: 80 ms; grows as L to the power 2.00" in text
     assert "length L (residues)" in text and "median time of a call (ms)" in text
@@ -419,7 +418,7 @@ def test_a_drawing_says_what_it_shows():
 
 @pytest.mark.parametrize("values", [[1.0, 1.0], [0.02, 3.0], [1.0, 90000.0], [5.0, 5.1], [1e-4, 2e4]])
 def test_an_axis_has_room_and_ticks(values):
-    axis = svg._Axis(values, 0.0, 100.0)
+    axis = drawing._Axis(values, 0.0, 100.0)
     ticks = axis.ticks()
     assert 2 <= len(ticks) <= 12 or values in ([1.0, 1.0], [5.0, 5.1])
     assert all(-1e-6 <= axis.at(tick) <= 100.0 for tick in ticks)
@@ -436,21 +435,21 @@ def test_pngs_are_drawn(tmp_path):
 
 
 def test_the_report_needs_nothing_from_outside():
-    page = html.html(a_run())
-    assert "http" not in page.replace("http-equiv", "")
-    assert "src=" not in page and "@import" not in page and "url(" not in page
-    assert page.count("<svg") == 4 and page.count("<title id=") == 4
-    assert "edge <b>" not in page and "edge &lt;b&gt;" in page
-    assert summary.headline(a_run()) in page.replace("&lt;", "<").replace("&gt;", ">")
+    text = page.html(a_run())
+    assert "http" not in text.replace("http-equiv", "")
+    assert "src=" not in text and "@import" not in text and "url(" not in text
+    assert text.count("<svg") == 4 and text.count("<title id=") == 4
+    assert "edge <b>" not in text and "edge &lt;b&gt;" in text
+    assert summary.headline(a_run()) in text.replace("&lt;", "<").replace("&gt;", ">")
     for anchor in ("fastest", "by-length", "correctness", "not-measured", "machine", "every-row"):
-        assert f'id="{anchor}"' in page and f'href="#{anchor}"' in page
-    assert "pip install &#x27;it&lt;2&#x27;" in page
-    assert "a CPU" in page and "prefers-color-scheme:dark" in page
+        assert f'id="{anchor}"' in text and f'href="#{anchor}"' in text
+    assert "pip install &#x27;it&lt;2&#x27;" in text
+    assert "a CPU" in text and "prefers-color-scheme:dark" in text
 
 
 def test_a_report_of_nothing_is_a_page():
-    page = html.html(Results(()))
-    assert "Nothing was measured" in page and "<svg" not in page
+    text = page.html(Results(()))
+    assert "Nothing was measured" in text and "<svg" not in text
 
 
 def test_every_style_differs():

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from foldkernels.cli.doctor import caches, issue_report, toolchain
+from foldkernels.cli.doctor import cache_folders, compilers, issue_report
 from foldkernels.cli.doctor import command as doctor
 from foldkernels.cli.doctor.environment_variables import OURS
 from foldkernels.cli.main import main
@@ -195,12 +195,12 @@ def test_a_version_that_two_places_tell_differently(call, standins: StandIns):  
 
 
 def finding(name: str) -> Any:
-    return next(found for found in toolchain.toolchain() if found["name"] == name)
+    return next(found for found in compilers.toolchain() if found["name"] == name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and torch sees it")
 def test_a_driver_that_torch_makes_nothing_of(monkeypatch):
-    monkeypatch.setattr(toolchain, "_driver", lambda: "580.65.06")
+    monkeypatch.setattr(compilers, "_driver", lambda: "580.65.06")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert finding("CUDA")["ok"] is False and "without CUDA" in finding("CUDA")["found"]
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -223,12 +223,12 @@ def test_triton_that_cannot_compile(monkeypatch):
     monkeypatch.setattr("foldkernels.kernels.hardware.packages.usable_version", lambda name: "3.7.1")
     for why, ok in (("RuntimeError: Failed to find C compiler", False), ("", True)):
         monkeypatch.setattr(isolated, "try_triton_apart", lambda why=why: why)
-        assert toolchain._triton()["ok"] is ok and why in str(toolchain._triton()["found"])
+        assert compilers._triton()["ok"] is ok and why in str(compilers._triton()["found"])
 
 
 def test_what_raises_while_looking_is_a_finding(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: 1 / 0)
-    found = next(found for found in toolchain.toolchain() if "ZeroDivisionError" in str(found["found"]))
+    found = next(found for found in compilers.toolchain() if "ZeroDivisionError" in str(found["found"]))
     assert found["ok"] is False and found["name"] == "mps"
 
 
@@ -236,13 +236,13 @@ def test_folders_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("FOLDKERNELS_CACHE", str(tmp_path / "file" / "below"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "new" / "folder"))
-    found = {entry["name"]: entry for entry in caches.caches()}
+    found = {entry["name"]: entry for entry in cache_folders.caches()}
     assert "is no folder" in found["foldkernels"]["why"] and "FOLDKERNELS_CACHE" in found["foldkernels"]["fix"]
     assert found["torch.compile"]["why"] == "" and not found["torch.compile"]["exists"]
     assert found["torch.compile"]["free_gib"] > 0 and not (tmp_path / "new").exists()
     usage = collections.namedtuple("usage", "free")
-    monkeypatch.setattr(caches.shutil, "disk_usage", lambda path: usage(2**28))
-    found = {entry["name"]: entry for entry in caches.caches()}
+    monkeypatch.setattr(cache_folders.shutil, "disk_usage", lambda path: usage(2**28))
+    found = {entry["name"]: entry for entry in cache_folders.caches()}
     assert found["torch.compile"]["why"] == "only 0.2 GiB are free"
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]  # nothing is left behind
 

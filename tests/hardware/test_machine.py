@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from foldkernels.kernels.common.row_blocks import block_dtype
+from foldkernels.kernels.common.blocking import block_dtype
 from foldkernels.kernels.hardware import cpu, machine, packages
 
 NAMES = ("triton", "trifast", "flash_attn", "cuequivariance_torch", "cuequivariance_ops_torch", "esm", "standin")

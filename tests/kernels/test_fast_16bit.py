@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from foldkernels.compat import esm, rna_frameflow
-from foldkernels.kernels.common import row_blocks
+from foldkernels.kernels.common import blocking
 from foldkernels.kernels.hardware import cpu, machine
 from foldkernels.kernels.registry import record_kernels
 from foldkernels.kernels.testing import accuracy
@@ -40,7 +40,7 @@ LENGTHS = (7, 33, 129)
 def other_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cpu.FAST_VARIABLE, OTHER)
     products = torch.bfloat16 if OTHER == "on" else torch.float32
-    assert row_blocks.block_dtype(torch.empty(0, dtype=torch.bfloat16)) is products
+    assert blocking.block_dtype(torch.empty(0, dtype=torch.bfloat16)) is products
     assert machine.fast_bfloat16() is (OTHER == "on")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from foldkernels.kernels import registry
-from foldkernels.kernels.common import row_blocks
+from foldkernels.kernels.common import blocking
 from foldkernels.kernels.hardware.machine import MACHINES
 from foldkernels.kernels.invariant_point_attention import cuequivariance as kernel
 from foldkernels.kernels.invariant_point_attention import reference
@@ -93,7 +93,7 @@ def test_far_from_the_origin(dtype, monkeypatch):
 
 
 def test_several_blocks_of_rows(monkeypatch):
-    monkeypatch.setattr(row_blocks, "_PAIRS_PER_THREAD", dict.fromkeys((torch.float32, torch.float64), 14))
+    monkeypatch.setattr(blocking, "_PAIRS_PER_THREAD", dict.fromkeys((torch.float32, torch.float64), 14))
     share, name = excess(monkeypatch, cuequivariance, F32, 7)
     assert share <= 1.0, (name, share)
 

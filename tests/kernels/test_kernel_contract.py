@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foldkernels.kernels import registry
-from foldkernels.kernels.common import row_blocks
+from foldkernels.kernels.common import blocking
 from foldkernels.kernels.common.double_backward import NoDoubleBackward
 from foldkernels.kernels.testing.accuracy import required, run
 from foldkernels.kernels.testing.cases.builders import BUILDERS, DROPOUTS
@@ -170,10 +170,10 @@ def test_blocks_of_uneven_size(operation, kernel, dtype, variant, rows, monkeypa
 def shrink_blocks(monkeypatch: pytest.MonkeyPatch, n: int, rows: int) -> None:
     threads = torch.get_num_threads()
     pairs = -(-rows * n // threads)
-    monkeypatch.setattr(row_blocks, "_PAIRS_PER_THREAD", dict.fromkeys((torch.float32, torch.float64), pairs))
-    monkeypatch.setattr(row_blocks, "_PAIRS_PER_THREAD_16_BIT", pairs)
+    monkeypatch.setattr(blocking, "_PAIRS_PER_THREAD", dict.fromkeys((torch.float32, torch.float64), pairs))
+    monkeypatch.setattr(blocking, "_PAIRS_PER_THREAD_16_BIT", pairs)
     for dtype in DTYPES:
-        cuts = row_blocks.row_blocks(torch.empty(2, n, n, 1, dtype=dtype))
+        cuts = blocking.row_blocks(torch.empty(2, n, n, 1, dtype=dtype))
         cut = [(block.start, block.stop) for i, block in cuts if i == 1]
         assert cut == [(start, min(start + rows, n)) for start in range(0, n, rows)]
 
@@ -185,8 +185,8 @@ def test_threads(operation, kernel, dtype, monkeypatch):
     n, threads = 15, torch.get_num_threads()
     case, size = case_for(operation, kernel, n, "masked", dtype, "cpu")
     truth, plain = truth_and_plain(operation, n, "masked", size, dtype, "cpu")
-    monkeypatch.setattr(row_blocks, "_PAIRS_PER_THREAD", dict.fromkeys((torch.float32, torch.float64), 2 * n))
-    monkeypatch.setattr(row_blocks, "_PAIRS_PER_THREAD_16_BIT", 2 * n)
+    monkeypatch.setattr(blocking, "_PAIRS_PER_THREAD", dict.fromkeys((torch.float32, torch.float64), 2 * n))
+    monkeypatch.setattr(blocking, "_PAIRS_PER_THREAD_16_BIT", 2 * n)
     try:
         for count in (1, 2):
             torch.set_num_threads(count)

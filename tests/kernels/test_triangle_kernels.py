@@ -17,8 +17,8 @@ from benchmarks.studies import original_triangle
 from foldkernels.configs.kernel import KernelConfig
 from foldkernels.kernels import triangle_attention_update as update
 from foldkernels.kernels.attention_pair_bias import PairProjection, attention_pair_bias, pair_bias
-from foldkernels.kernels.biased_attention import streamed
-from foldkernels.kernels.common import row_blocks
+from foldkernels.kernels.biased_attention import streaming
+from foldkernels.kernels.common import blocking
 from foldkernels.kernels.common.double_backward import NoDoubleBackward
 from foldkernels.kernels.registry import record_kernels, token
 from foldkernels.kernels.testing.cases.builders import varied
@@ -105,8 +105,8 @@ def test_blocks_of_any_size(operation, pairs, monkeypatch, poisoned):
     """A few logits at a time: rows one by one, and queries of a row in several goes."""
     case = varied(operation, 12, 2, True, 0, 5)
     truth = run(case, called(case, "reference"), leaves_of(case, torch.float64))
-    monkeypatch.setattr(row_blocks, "_PAIRS_PER_THREAD", dict.fromkeys((torch.float64,), pairs))
-    monkeypatch.setattr(streamed, "_LOGITS_PER_PAIR", 20)
+    monkeypatch.setattr(blocking, "_PAIRS_PER_THREAD", dict.fromkeys((torch.float64,), pairs))
+    monkeypatch.setattr(streaming, "_LOGITS_PER_PAIR", 20)
     error, name = worst(run(case, called(case, "torch"), leaves_of(case, torch.float64)), truth)
     assert error < 1e-12, (name, error)
 
@@ -461,7 +461,7 @@ def test_bands_of_the_product(wider, dtype, direction, monkeypatch):
     truth, whole = update("reference"), update("torch")
     monkeypatch.setattr(_channels, "_BAND", 3)
     monkeypatch.setattr(_channels, "_CHANNELS", 5)
-    monkeypatch.setattr(row_blocks, "_PAIRS_PER_THREAD", dict.fromkeys((torch.float32, torch.float64), 2 * n))
+    monkeypatch.setattr(blocking, "_PAIRS_PER_THREAD", dict.fromkeys((torch.float32, torch.float64), 2 * n))
     cut = update("torch")
     assert torch.equal(z, given)
     bound = 2e-6 if dtype is torch.float32 else 2e-2

@@ -20,7 +20,7 @@ from foldkernels.benchmarks.run.operations import OperationSubject, Point
 from foldkernels.benchmarks.run.worker import Answerer
 from foldkernels.cli.doctor.environment_variables import OURS
 from foldkernels.cli.main import main
-from foldkernels.compat.multiflow.compare_presets import compare_presets
+from foldkernels.compat.multiflow.preset_comparison import compare_presets
 from foldkernels.configs.presets import PRESETS
 from foldkernels.kernels.registry import KernelFallbackWarning
 from foldkernels.kernels.testing import isolated
@@ -167,12 +167,12 @@ def test_doctor(call, monkeypatch):
     [("M1", "2.13.0", False), ("M2 Max", "2.9.1", False), ("M1 Pro", "2.14.0", True), ("M4", "2.13.0+cpu", True)],
 )
 def test_doctor_warns_of_training_on_an_old_pytorch(chip, version, well, monkeypatch):
-    from foldkernels.cli.doctor import toolchain
+    from foldkernels.cli.doctor import compilers
 
     monkeypatch.setattr("foldkernels.kernels.hardware.cpu.name", lambda: f"Apple {chip}")
     monkeypatch.setattr("torch.__version__", version)
     with a_mac():
-        (found,) = (row for row in toolchain.toolchain() if row["name"] == "MPS")
+        (found,) = (row for row in compilers.toolchain() if row["name"] == "MPS")
     assert found["ok"] is well and ("2.14" in found["fix"]) is not well
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foldkernels.kernels.common import matmul
-from foldkernels.kernels.common.row_blocks import block_dtype, pairs_per_block
+from foldkernels.kernels.common.blocking import block_dtype, pairs_per_block
 
 from ..support.mps import on_mps
 

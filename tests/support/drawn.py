@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foldkernels.kernels import registry
-from foldkernels.kernels.common import row_blocks
+from foldkernels.kernels.common import blocking
 from foldkernels.kernels.testing import accuracy
 from foldkernels.kernels.testing.cases.builders import make
 from foldkernels.kernels.testing.cases.case import Case
@@ -301,8 +301,8 @@ def _blocks_of(call: Call) -> Iterator[None]:
         return
     pairs = call.rows * call.length
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_blocks, "_PAIRS_PER_THREAD", dict.fromkeys((torch.float32, torch.float64), pairs))
-        patch.setattr(row_blocks, "_PAIRS_PER_THREAD_16_BIT", pairs)
+        patch.setattr(blocking, "_PAIRS_PER_THREAD", dict.fromkeys((torch.float32, torch.float64), pairs))
+        patch.setattr(blocking, "_PAIRS_PER_THREAD_16_BIT", pairs)
         yield
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldkernels.kernels.common import row_blocks
+from foldkernels.kernels.common import blocking
 from foldkernels.kernels.edge_transition import _launch, _rows, _tiles, reference, triton
 
 from .interpreted import FLOOR, answer_questions, poison_memory, second_derivative
@@ -175,8 +175,8 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
     if case["tile"]:  # a small one: several tiles a row, several blocks of columns
         _tiles.TILES = dict.fromkeys(TILES, (_tiles.Tile(*case["tile"]),) * 3)
     _tiles.PART = case["part"]
-    row_blocks._PAIRS_PER_THREAD = dict.fromkeys((torch.float64, torch.float32), case["pairs"])
-    row_blocks._PAIRS_PER_THREAD_16_BIT = case["pairs"]
+    blocking._PAIRS_PER_THREAD = dict.fromkeys((torch.float64, torch.float32), case["pairs"])
+    blocking._PAIRS_PER_THREAD_16_BIT = case["pairs"]
     do = {"operators": check_operators, "loads": count_loads}.get(case["what"], measure)
     return do(case)
 

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..common.blocking import Scratch, block_dtype, pairs_per_block, slices
 from ..common.double_backward import no_double_backward
 from ..common.matmul import dot_product_attention
-from ..common.row_blocks import Scratch, block_dtype, pairs_per_block, slices
 from ..dtypes import widest
 
 _LOGITS_PER_PAIR = 128  # a block of logits may be as large as a block of pairs with their channels

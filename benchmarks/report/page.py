@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from . import svg
+from . import drawing
 from .plots import style_of
 from .results import FAILED, MEASURED, MODES, NO_TIME, STATUSES, UNAVAILABLE, WRONG, Results, Row
 from .series import Figure, figures_of, kernels_of
@@ -151,7 +151,7 @@ def _plots(measured: Sequence[Row]) -> tuple[str, str]:
     for figure in figures:
         drawn = []
         for panel in figure.panels:
-            drawn.append(svg.svg(panel, figure.title, styles, count))
+            drawn.append(drawing.svg(panel, figure.title, styles, count))
             count += 1
         parts.append(
             f'<figure id="plot-{escape(figure.file_name)}"><h3>{escape(figure.title)}</h3>'
