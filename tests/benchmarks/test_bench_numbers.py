@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from foldkernels.benchmarks.measure import statistics, timing
-from foldkernels.benchmarks.report import comparison, drawing, page, plots, series, summary
+from foldkernels.benchmarks.report import comparison, drawing, page, plots, results, series, summary
 from foldkernels.benchmarks.report.comparison import BROKEN, FASTER, MENDED, SAME, SLOWER, UNSURE, compare_results
 from foldkernels.benchmarks.report.results import (
     BACKWARD,
@@ -521,4 +521,4 @@ def test_an_estimate_grows_with_the_length_and_learns():
 def test_rows_know_what_they_measure():
     assert row().key == row(ms=99.0, machine={}).key
     assert str(row()) == "attention torch forward L=64 float32 cpu"
-    assert rows.STATUSES[0] == MEASURED
+    assert results.STATUSES[0] == MEASURED
