@@ -28,6 +28,7 @@ class _AttentionPairBias(KernelModule):
         self.proj_g = nn.Linear(c_s, c_s, bias=False)
         if c_z is not None:
             self.proj_z = nn.Sequential(nn.LayerNorm(c_z), nn.Linear(c_z, num_heads, bias=False))
+            self.reads("proj_z")
         self.proj_o = Linear(c_s, c_s, bias=False, init="final")
 
     def kernel_uses(self) -> list[Use]:
@@ -55,6 +56,8 @@ class _AttentionPairBias(KernelModule):
         given = z if bias is None else bias.permute(0, 2, 3, 1)
         assert given is not None
         self._check(s, k_in, mask, multiplicity, tuple(given.shape), self.num_heads if z is None else self.c_z)
+        if z is not None and not self.may_read():
+            z, bias = None, self.proj_z(z).permute(0, 3, 1, 2)
         q = self.proj_q(s).unflatten(-1, (self.num_heads, self.head_dim))
         k, v = (layer(k_in).unflatten(-1, (self.num_heads, self.head_dim)) for layer in (self.proj_k, self.proj_v))
         # An island of float32 under autocast, as in the original, whose weights were trained with it.
@@ -206,7 +209,8 @@ class AttentionPairBiasV1(_AttentionPairBias):
         return self.attend(s, k_in, mask, multiplicity, bias=model_cache["z"])
 
     def _bias(self, z: Float[Tensor, "b n m c_z"]) -> Float[Tensor, "b h n m"]:
-        if torch.is_grad_enabled():  # the streamed projection has no second derivative
+        # The streamed projection has no second derivative.
+        if torch.is_grad_enabled() or not self.may_read():
             bias: Tensor = self.proj_z(z).permute(0, 3, 1, 2)
             return bias
         return pair_bias(z, *self.projection())

@@ -167,6 +167,22 @@ class ChildGuard:
         return f"the class {changed[0]} has another forward now" if changed else ""
 
 
+def may_read(module: nn.Module, guard: ChildGuard) -> bool:
+    """Whether the weights of a module's children may be read; says once what has changed where they may not.
+
+    Args:
+        module: The module, one of this package's own.
+        guard: Its guard.
+
+    Warns:
+        KernelFallbackWarning: They may not.
+    """
+    if guard.holds(module):
+        return True
+    warn_of_change(module, guard, "it is called as a layer, and no kernel reads its weights")
+    return False
+
+
 def warn_of_change(module: nn.Module, guard: ChildGuard, instead: str) -> None:
     """Say once for each class and change what runs in place of a kernel that reads weights.
 
@@ -186,7 +202,7 @@ def warn_of_change(module: nn.Module, guard: ChildGuard, instead: str) -> None:
     key = (type(module).__name__, change)
     if change and key not in _warned:
         _warned.add(key)
-        warnings.warn(f"{key[0]}: {change}: {instead}", KernelFallbackWarning, stacklevel=3)
+        warnings.warn(f"{key[0]}: {change}: {instead}", KernelFallbackWarning, stacklevel=4)
 
 
 def _described(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.common.blocking import pairs_per_block, slices
+from .children import ChildGuard, may_read
 from .linear import Linear
 from .masks import boolean
 from .pair_shapes import check_square
@@ -49,6 +50,7 @@ class DoubleAttentionPairBlock(nn.Module):
         self.value_proj = nn.Linear(edge_embed_size, bottleneck)
         self.distribute_proj = nn.Linear(edge_embed_size, bottleneck)
         self.output_proj = nn.Linear(bottleneck, edge_embed_size)
+        self.child_guard = ChildGuard(self, only=("value_proj",))
         if use_film:
             self.time_mlp = nn.Sequential(
                 nn.Linear(1, time_mlp_hidden_dim), nn.GELU(), nn.Linear(time_mlp_hidden_dim, 2 * edge_embed_size)
@@ -117,10 +119,13 @@ class DoubleAttentionPairBlock(nn.Module):
         """
         logits = self.gather_proj(pairs)
         weights = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(1) * mask
-        gathered = weights.transpose(1, 2) @ pairs  # [b, k, c_z]
-        # Zero, not one, for an item without pairs.
-        total = weights.sum(1)[..., None]  # [b, k, 1]
-        values = gathered @ self.value_proj.weight.t() + total * self.value_proj.bias
+        if may_read(self, self.child_guard):
+            gathered = weights.transpose(1, 2) @ pairs  # [b, k, c_z]
+            # Zero, not one, for an item without pairs.
+            total = weights.sum(1)[..., None]  # [b, k, 1]
+            values = gathered @ self.value_proj.weight.t() + total * self.value_proj.bias
+        else:
+            values = weights.transpose(1, 2) @ self.value_proj(pairs)
         mixture: Tensor = self.output_proj(values)
         if self.use_film:
             scale, shift = self._film(r3_t, pairs)
@@ -134,7 +139,7 @@ class DoubleAttentionPairBlock(nn.Module):
                 f"DoubleAttentionPairBlock: use_film needs the time of each batch item (r3_t=, [{len(pairs)}, 1]), and "
                 f"was given {given}; pass it, or build the block with use_film=False"
             )
-        scale, shift = self.time_mlp(r3_t.to(self.gather_proj.weight.dtype).view(-1, 1, 1)).chunk(2, dim=-1)
+        scale, shift = self.time_mlp(r3_t.to(pairs.dtype).view(-1, 1, 1)).chunk(2, dim=-1)
         return scale, shift
 
 

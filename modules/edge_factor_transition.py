@@ -62,7 +62,7 @@ class EdgeFactorTransition(TransitionLayers):
 
 def edge_bias_layer(layer: TransitionLayers, rank: int) -> Linear:
     """The layer that gives each factor, on each side, its residue's share."""
-    share = layer.initial_embed.out_features
+    share = layer.sizes["cn"]
     return Linear(share, 4 * rank * share, init="final")
 
 
@@ -75,7 +75,7 @@ def update_factors(
     z_factor_2: Float[Tensor, "b n rank c_z"],
 ) -> tuple[Float[Tensor, "b n rank c_out"], Float[Tensor, "b n rank c_out"]]:
     """What `EdgeFactorTransition` computes, with any layer that has its parameters."""
-    wanted = (*node_embed.shape[:2], rank, layer.final_layer.in_features - 2 * layer.initial_embed.out_features)
+    wanted = (*node_embed.shape[:2], rank, layer.sizes["cz"])
     for name, factor in (("z_factor_1", z_factor_1), ("z_factor_2", z_factor_2)):
         if tuple(factor.shape) != wanted:
             raise ValueError(

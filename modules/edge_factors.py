@@ -6,11 +6,13 @@ from typing import Protocol
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..kernels.common.nearest_neighbors import nearest_neighbours
 from ..kernels.common.sinusoidal import sinusoids
 from ..kernels.edge_features import MAX_RELATIVE_POSITION
 from ..kernels.edge_features.reference import bin_edges
+from .children import ChildGuard, may_read
 from .edge_features import pair_perceptron
 from .masks import boolean
 
@@ -34,6 +36,7 @@ class EdgeFactors(nn.Module):
     def __init__(self, *, c_s: int, c_p: int, feat_dim: int, num_bins: int, rank: int, k: int) -> None:
         super().__init__()
         neighbours = k * (num_bins + feat_dim)
+        self.feat_dim, self.num_bins, self.z_factor_rank, self.k = feat_dim, num_bins, rank, k
         self.linear_s_p = nn.Linear(c_s, 2 * rank * feat_dim)
         self.linear_relpos = nn.Linear(feat_dim, 4 * rank * feat_dim)
         self.linear_t_distogram = nn.Linear(neighbours, 2 * rank * num_bins)
@@ -60,23 +63,25 @@ class EdgeFactors(nn.Module):
 
 
 class FactorLayers(Protocol):
-    """The layers that `embed_factors` reads, under FlashIPA's names. Their widths say all sizes."""
+    """The layers that `embed_factors` reads, and their sizes, under FlashIPA's names."""
 
     linear_s_p: nn.Linear
     linear_relpos: nn.Linear
     linear_t_distogram: nn.Linear
     linear_sc_distogram: nn.Linear
     edge_embedder: nn.Sequential
+    feat_dim: int
+    num_bins: int
+    z_factor_rank: int
+    k: int
 
 
 def embed_factors(
     layers: FactorLayers, s: Float[Tensor, "b n c_s"], t: Float[Tensor, "b n 3"], sc_t: Float[Tensor, "b n 3"]
 ) -> tuple[Float[Tensor, "b n rank c_p"], Float[Tensor, "b n rank c_p"]]:
     """What `EdgeFactors` computes, with any layers that have its parameters."""
-    n, feat_dim = s.shape[1], layers.linear_relpos.in_features
-    rank = layers.linear_s_p.out_features // (2 * feat_dim)
-    num_bins = layers.linear_t_distogram.out_features // (2 * rank)
-    k = layers.linear_t_distogram.in_features // (num_bins + feat_dim)
+    n, feat_dim, num_bins = s.shape[1], layers.feat_dim, layers.num_bins
+    rank, k = layers.z_factor_rank, layers.k
     if n < k:
         raise ValueError(f"{n} residues are fewer than the {k} nearest neighbours (k) that the edge embedder reads")
 
@@ -114,12 +119,14 @@ class LinearFactorizer(nn.Module):
 
     def __init__(self, in_L: int, in_D: int, target_rank: int = 4, target_inner_dim: int = 8) -> None:
         super().__init__()
+        self.in_D = in_D
         self.in_L, self.target_rank, self.target_inner_dim = in_L, target_rank, target_inner_dim
         # nn.Linear's own initialisation is the original's.
         self.length_compressor = nn.Linear(in_L, target_rank, bias=False)
         self.inner_compressor = nn.Linear(in_D, target_inner_dim, bias=False)
         self.length_norm = nn.LayerNorm(target_rank)
         self.inner_norm = nn.LayerNorm(target_inner_dim)
+        self.child_guard = ChildGuard(self, only=("length_compressor",))
 
     def factors(
         self, z: Float[Tensor, "b n n in_D"], mask: Shaped[Tensor, "b n"] | None = None
@@ -134,19 +141,23 @@ class LinearFactorizer(nn.Module):
             ValueError: z is no square of pairs, or longer than `in_L`. (The original crops it without a word.)
         """
         n = z.shape[1]
-        if z.ndim != 4 or z.shape[2] != n or z.shape[3] != self.inner_compressor.in_features:
+        if z.ndim != 4 or z.shape[2] != n or z.shape[3] != self.in_D:
             raise ValueError(
                 f"the pair representation has shape {tuple(z.shape)}; it must be "
-                f"[batch, residues, residues, {self.inner_compressor.in_features}]"
+                f"[batch, residues, residues, {self.in_D}]"
             )
         if n > self.in_L:
             raise ValueError(
                 f"{n} residues are more than the {self.in_L} (max_len) whose positions this factoriser has weights "
                 "for; the modes flash_1d_bias and flash_no_bias have no longest length"
             )
-        # The originals pad z with zeros up to in_L: the weights that would meet them are left out instead.
-        weight = self.length_compressor.weight[:, :n]
-        sides = (torch.einsum("bjid,rj->bird", z, weight), torch.einsum("bijd,rj->bird", z, weight))
+        if may_read(self, self.child_guard):
+            # The originals pad z with zeros up to in_L: the weights that would meet them are left out instead.
+            weight = self.length_compressor.weight[:, :n]
+            sides = (torch.einsum("bjid,rj->bird", z, weight), torch.einsum("bijd,rj->bird", z, weight))
+        else:
+            padded = (F.pad(z.permute(order), (0, self.in_L - n)) for order in ((0, 2, 3, 1), (0, 1, 3, 2)))
+            sides = tuple(self.length_compressor(side).transpose(2, 3) for side in padded)
         first, second = (self._side(side, mask) for side in sides)
         return first, second
 

@@ -6,10 +6,15 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from ..kernels.dtypes import floating_type, widest
 from ..kernels.edge_features import edge_features
+from ..kernels.edge_features.reference import pair_columns, position_waves, without_masked
 from ..kernels.registry.binding import Use
 from .kernel_module import KernelModule
 from .masks import boolean
+
+#: The children whose weights the operation reads.
+READ = ("linear_relpos", "edge_embedder")
 
 
 class EdgeFeatureNet(KernelModule):
@@ -28,6 +33,9 @@ class EdgeFeatureNet(KernelModule):
         self.linear_relpos = nn.Linear(config.feat_dim, config.feat_dim)
         features = 3 * config.feat_dim + 2 * config.num_bins + self.embed_chain + 2 * self.embed_diffuse_mask
         self.edge_embedder = pair_perceptron(features, config.c_p)
+        self.feat_dim: int = config.feat_dim
+        self.c_p: int = config.c_p
+        self.reads(*READ)
 
     def kernel_uses(self) -> list[Use]:
         """Edge features."""
@@ -69,6 +77,7 @@ class EdgeFeatureNet(KernelModule):
             None if mask is None else boolean(mask),
             out_dtype=out_dtype,
             config=self.kernel_config,
+            called=not self.may_read(),
         )
         return out if p_mask is None else out * p_mask[..., None].to(out.dtype)
 
@@ -79,6 +88,8 @@ class PairLayers(Protocol):
     linear_s_p: nn.Linear
     linear_relpos: nn.Linear
     edge_embedder: nn.Sequential
+    feat_dim: int
+    c_p: int
 
 
 def embed_pairs(
@@ -93,11 +104,31 @@ def embed_pairs(
     *,
     out_dtype: torch.dtype | None = None,
     config: str = "",
+    called: bool = False,
 ) -> Float[Tensor, "b n n c_p"]:
-    """What `EdgeFeatureNet` computes, with any layers that have its parameters."""
+    """What `EdgeFeatureNet` computes, with any layers that have its parameters.
+
+    Args:
+        layers: The layers.
+        s: As `EdgeFeatureNet` takes it, and so are those not named here.
+        t: Coordinates.
+        sc_t: Coordinates of the last prediction.
+        num_bins: Bins of a distogram.
+        chain_idx: Chain indices, if they are read.
+        diffuse_mask: Which residues are generated, if it is read.
+        mask: Residues that take part.
+        out_dtype: The floating type of the result.
+        config: A module's kernel configuration, as its token.
+        called: Whether the layers are called, in place of an operation that reads their weights.
+    """
     perceptron: Any = layers.edge_embedder
+    nodes = layers.linear_s_p(s)
+    if called:
+        relpos = layers.linear_relpos(position_waves(nodes, layers.feat_dim, widest(nodes)).to(nodes.dtype))
+        columns = pair_columns(nodes, t.detach(), sc_t.detach(), chain_idx, diffuse_mask, relpos, num_bins)
+        return without_masked(perceptron(columns), mask).to(out_dtype or floating_type(nodes))
     return edge_features(
-        layers.linear_s_p(s),
+        nodes,
         t,
         sc_t,
         chain_idx,
@@ -118,8 +149,7 @@ def embed_pairs(
 
 def pair_features_use(layers: PairLayers, num_bins: int, *options: str) -> Use:
     """The operation that `embed_pairs` calls."""
-    perceptron: Any = layers.edge_embedder
-    dims = {"f": layers.linear_s_p.out_features, "cz": perceptron[5].normalized_shape[0], "bins": num_bins}
+    dims = {"f": layers.feat_dim, "cz": layers.c_p, "bins": num_bins}
     return Use("edge_features", dims, options)
 
 

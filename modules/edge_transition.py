@@ -2,14 +2,19 @@
 
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from ..kernels.dtypes import cast, floating_type
 from ..kernels.edge_transition import edge_transition
 from ..kernels.registry.binding import Use
 from .kernel_module import KernelModule
 from .linear import Linear
 from .masks import boolean
+
+#: The children whose weights the operation reads.
+READ = ("trunk", "final_layer", "layer_norm")
 
 EdgeWeights = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -38,6 +43,7 @@ class TransitionLayers(KernelModule):
         self.trunk = nn.Sequential(*layers)
         self.final_layer = Linear(hidden, edge_embed_out, init="final")
         self.layer_norm = nn.LayerNorm(edge_embed_out)
+        self.sizes = {"cn": share, "cz": edge_embed_in, "cz_out": edge_embed_out}
 
     def kernel_uses(self) -> list[Use]:
         """None: the layers alone call no kernel."""
@@ -75,10 +81,11 @@ class EdgeTransition(TransitionLayers):
             num_layers=num_layers,
             node_dilation=node_dilation,
         )
+        self.reads(*READ)
 
     def kernel_uses(self) -> list[Use]:
         """The edge transition."""
-        return [pair_transition_use(self)]
+        return [Use("edge_transition", self.sizes)]
 
     def weights(self) -> EdgeWeights:
         """The operation's weights, in its order."""
@@ -98,7 +105,7 @@ class EdgeTransition(TransitionLayers):
             mask: 1 (or True) for residues that take part; pairs with another one become zero. The originals multiply
                 by it outside: leave it out, and this layer computes theirs.
         """
-        return update_pairs(self, node_embed, edge_embed, mask)
+        return update_pairs(self, node_embed, edge_embed, mask, called=not self.may_read())
 
 
 def update_pairs(
@@ -106,16 +113,42 @@ def update_pairs(
     node_embed: Float[Tensor, "b n c_s"],
     edge_embed: Float[Tensor, "b n n c_z"],
     mask: Float[Tensor, "b n"] | None = None,
+    *,
+    called: bool = False,
 ) -> Float[Tensor, "b n n c_z_out"]:
-    """What `EdgeTransition` computes, with any layer that has its parameters, of whatever class."""
+    """What `EdgeTransition` computes, with any layer that has its parameters, of whatever class.
+
+    Args:
+        layer: The layer.
+        node_embed: As `EdgeTransition` takes it, and so are the next two.
+        edge_embed: Pair representation.
+        mask: Residues that take part.
+        called: Whether the children are called, in place of an operation that reads their weights.
+    """
+    nodes, present = layer.initial_embed(node_embed), None if mask is None else boolean(mask)
+    if called:
+        return _called(layer, nodes, edge_embed, present)
     return edge_transition(
-        layer.initial_embed(node_embed),
+        nodes,
         edge_embed,
         *transition_weights(layer),
-        None if mask is None else boolean(mask),
+        present,
         eps=layer.layer_norm.eps,
         config=layer.kernel_config,
     )
+
+
+def _called(
+    layer: Any, nodes: Float[Tensor, "b n cn"], z: Float[Tensor, "b n n c_z"], mask: Bool[Tensor, "b n"] | None
+) -> Float[Tensor, "b n n c_z_out"]:
+    """The operation's definition, of layers in place of weights."""
+    b, n, share = nodes.shape
+    sides = (nodes[:, :, None].expand(b, n, n, share), nodes[:, None].expand(b, n, n, share))
+    features = torch.cat([z, *sides], dim=-1)
+    out: Tensor = layer.layer_norm(layer.final_layer(layer.trunk(features) + features))
+    if mask is not None:
+        out = out.masked_fill(~(mask[:, :, None] & mask[:, None])[..., None], 0.0)
+    return cast(out, floating_type(z))
 
 
 def transition_weights(layer: Any) -> EdgeWeights:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..kernels.attention import attention, attention_maps
 from ..kernels.dtypes import any_requires_grad, widest
 from ..kernels.registry.binding import Use
+from .children import ChildGuard, may_read
 from .esm_alphabet import Alphabet
 from .kernel_module import KernelModule
 from .length_groups import Group, groups_of
@@ -145,12 +146,27 @@ class ContactPredictionHead(nn.Module):
     def __init__(self, features: int) -> None:
         super().__init__()
         self.regression = nn.Linear(features, 1)
+        self.child_guard = ChildGuard(self, only=("regression",))
 
     def forward(self, attentions: Float[Tensor, "b l h n n"], residues: Bool[Tensor, "b n"]) -> Float[Tensor, "b m m"]:
         """Contact probabilities from all maps at once; BOS, and the last token, are cut off."""
+        if not self.may_read():
+            corrected = [self._corrected(maps, residues) for maps in attentions.unbind(1)]
+            return self.regression(torch.cat(corrected, 1).permute(0, 2, 3, 1))[:, 1:-1, 1:-1, 0].sigmoid()
         heads = attentions.shape[2]
         layers = [self.layer_logits(maps, residues, i * heads) for i, maps in enumerate(attentions.unbind(1))]
         return self.probabilities(torch.stack(layers).sum(0))
+
+    def may_read(self) -> bool:
+        """Whether the regression's weight may be read, a layer at a time, in place of calling it for all at once."""
+        return may_read(self, self.child_guard)
+
+    def _corrected(self, maps: Float[Tensor, "b h n n"], residues: Bool[Tensor, "b n"]) -> Float[Tensor, "b h n n"]:
+        """One layer's maps, symmetrised and with the average product taken off."""
+        present = F.pad(residues[:, 1:-1].to(maps.dtype), (1, 1))
+        symmetric = (maps + maps.transpose(-1, -2)) * present[:, None, :, None] * present[:, None, None]
+        sums = symmetric.sum(-1)
+        return symmetric - sums[..., None] * (sums / sums.sum(-1, keepdim=True))[..., None, :]
 
     def layer_logits(
         self, maps: Float[Tensor, "b h n n"], residues: Bool[Tensor, "b n"], first: int
@@ -305,6 +321,9 @@ class ESM2(nn.Module):
         assert self.contact_head is not None
         present = tokens.ne(self.padding_idx)
         residues = present & tokens.ne(self.eos_idx)
+        if not self.contact_head.may_read():
+            layers = [self._maps(layer, present) for layer in self.layers_of(tokens, present) if layer.q is not None]
+            return self.contact_head(torch.stack(layers, 1), residues)
         logits: Tensor | float = 0.0
         for layer in self.layers_of(tokens, present):
             if layer.q is not None:

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..configs.options import Init
 from ..kernels.dtypes import any_requires_grad, item_masks
+from .children import ChildGuard, may_read
 from .frozen_esm import FrozenESM, PairRows
 from .ipa_trunk import mask_pairs
 from .masks import boolean
@@ -65,6 +66,7 @@ class ESMCombiner(nn.Module):
         if not only_single:
             self.pair_proj = _perceptron(esm.num_layers * esm.num_heads, hidden_dim, edge_dim)
             self.pair_layer_norm = nn.LayerNorm(edge_dim)
+            self.child_guard = ChildGuard(self, only=("pair_proj", "pair_layer_norm"))
         self.node_gate = nn.Parameter(torch.zeros(node_dim)) if init == "zero" else None
         self.edge_gate = nn.Parameter(torch.zeros(edge_dim)) if init == "zero" and not only_single else None
 
@@ -134,9 +136,23 @@ class ESMCombiner(nn.Module):
         multiplied as they lie in memory, channels first: taking the mean from the maps is taking it from the weights,
         and the spread is one number a pair. The mean of two sums is normalised as their sum, with four times epsilon.
         """
+        rows = self._mixed_rows(pairs.rows(block).flatten(1), edges)
+        rows = _gated(edges, rows, self.edge_gate)
+        if mask is not None:
+            rows = rows.masked_fill(~(mask[block, None] & mask)[..., None], 0.0)
+        return rows.to(edges.dtype)
+
+    def _mixed_rows(
+        self, maps: Float[Tensor, "l_h pairs"], edges: Float[Tensor, "r n c_z"]
+    ) -> Float[Tensor, "r n c_z"]:
+        """What the perceptron makes of the maps, with the edges, normalised."""
+        if not may_read(self, self.child_guard):
+            dtype = next(self.pair_proj.parameters(), edges).dtype
+            mean: Tensor = 0.5 * (self.pair_proj(maps.t().to(dtype)).view_as(edges) + edges)
+            return self.pair_layer_norm(mean)
         norm, first, _, last = self.pair_proj
         assert isinstance(norm, nn.LayerNorm) and isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
-        maps = pairs.rows(block).to(first.weight.dtype).flatten(1)
+        maps = maps.to(first.weight.dtype)
         ones = maps.new_full((1, maps.shape[0]), 1.0 / maps.shape[0])
         variance = torch.mm(ones, maps.square()) - torch.mm(ones, maps).square()
         spread = torch.rsqrt(variance.clamp(min=0.0) + norm.eps).view(-1, 1)
@@ -145,8 +161,4 @@ class ESMCombiner(nn.Module):
         hidden = torch.addcmul(first.bias + first.weight @ norm.bias, torch.mm(maps.t(), weight.t()), spread)
         pair = last(F.gelu(hidden)).view_as(edges) + edges
         final = self.pair_layer_norm
-        rows = F.layer_norm(pair, final.normalized_shape, final.weight, final.bias, 4.0 * final.eps)
-        rows = _gated(edges, rows, self.edge_gate)
-        if mask is not None:
-            rows = rows.masked_fill(~(mask[block, None] & mask)[..., None], 0.0)
-        return rows.to(edges.dtype)
+        return F.layer_norm(pair, final.normalized_shape, final.weight, final.bias, 4.0 * final.eps)

@@ -65,6 +65,7 @@ class InvariantPointAttention(PointAttention):
             raise ValueError("invariant point attention reads a pair representation: c_z is at least 1")
         self.dropout_prob = float(dropout if dropout is not None else getattr(config, "dropout", 0.0))
         self.inf = inf
+        self.reads("linear_b")
 
     def kernel_uses(self) -> list[Use]:
         """IPA; with dropped logits when training, if this layer drops any."""
@@ -96,11 +97,12 @@ class InvariantPointAttention(PointAttention):
             ValueError: A mask or the pair representation does not fit `s`.
         """
         dropout = self.dropout_prob if self.training else 0.0
-        return attend_over_pairs(self, s, z, r, mask, attention_mask, logit_dropout=dropout)
+        called = not self.may_read()
+        return attend_over_pairs(self, s, z, r, mask, attention_mask, logit_dropout=dropout, called=called)
 
     def combine(self, out: Tensor, out_points: Tensor, out_pair: Tensor, frames: Rigid) -> Float[Tensor, "b n c_s"]:
         """Points back into each residue's frame, the pair values through `down_z`, all through the last layer."""
-        return combine_over_pairs(self, out, out_points, out_pair, frames)
+        return combine_over_pairs(self, out, out_points, out_pair, frames, self.linear_b.bias)
 
 
 def attend_over_pairs(
@@ -112,8 +114,20 @@ def attend_over_pairs(
     attention_mask: Shaped[Tensor, "*b n n"] | None = None,
     *,
     logit_dropout: float = 0.0,
+    called: bool = False,
 ) -> Float[Tensor, "*b n c_s"]:
-    """What `InvariantPointAttention` computes, with any layer that has its parameters, of whatever class."""
+    """What `InvariantPointAttention` computes, with any layer that has its parameters, of whatever class.
+
+    Args:
+        layer: The layer.
+        s: As `InvariantPointAttention` takes it, and so are the next four.
+        z: Pair representation.
+        r: Frames.
+        mask: Residues that take part.
+        attention_mask: Pairs that take part.
+        logit_dropout: Probability of dropping a logit.
+        called: Whether `linear_b` is called, in place of an operation that reads its weight.
+    """
     check_shapes(s, z, mask, attention_mask)
     lead, n = s.shape[:-2], s.shape[-2]
     frames = Rigid.of(r)
@@ -121,6 +135,12 @@ def attend_over_pairs(
     s, z, mask = s.reshape(-1, n, layer.c_s), z.reshape(-1, n, n, layer.c_z), mask.reshape(-1, n)
     pair_mask = None if attention_mask is None else boolean(attention_mask.reshape(-1, n, n))
     q, k, v, q_points, k_points, v_points = project(layer, s, frames)
+    width = z.shape[-1]
+    if called:
+        z, bias_weight = _beside(z, layer.linear_b(z))
+        logit_bias = None
+    else:
+        bias_weight, logit_bias = layer.linear_b.weight, layer.linear_b.bias
     out, out_points, out_pair = invariant_point_attention(
         q,
         k,
@@ -130,27 +150,41 @@ def attend_over_pairs(
         v_points,
         F.softplus(layer.head_weights),
         z,
-        layer.linear_b.weight,
+        bias_weight,
         boolean(mask),
         pair_mask,
-        logit_bias=layer.linear_b.bias,
+        logit_bias=logit_bias,
         logit_dropout=logit_dropout,
         config=layer.kernel_config,
     )
-    return combine_over_pairs(layer, out, out_points, out_pair, frames).view(*lead, n, layer.c_s)
+    out_pair = out_pair[..., :width]
+    return combine_over_pairs(layer, out, out_points, out_pair, frames, logit_bias).view(*lead, n, layer.c_s)
+
+
+def _beside(
+    z: Float[Tensor, "b n n c_z"], bias: Float[Tensor, "b n n h"]
+) -> tuple[Float[Tensor, "b n n c"], Float[Tensor, "h c"]]:
+    """The pair representation with each head's bias as more of its channels, and the map that gives just these."""
+    heads = bias.shape[-1]
+    spare = -(z.shape[-1] + heads) % 16  # kernels read whole tiles of channels
+    unit = torch.eye(heads, device=z.device, dtype=bias.dtype)
+    return (
+        torch.cat([z, F.pad(bias, (0, spare)).to(z.dtype)], dim=-1),
+        F.pad(unit, (z.shape[-1], spare)),
+    )
 
 
 def combine_over_pairs(
-    layer: Any, out: Tensor, out_points: Tensor, out_pair: Tensor, frames: Rigid
+    layer: Any, out: Tensor, out_points: Tensor, out_pair: Tensor, frames: Rigid, logit_bias: Tensor | None
 ) -> Float[Tensor, "b n c_s"]:
-    """What follows the attention over pairs."""
+    """What follows the attention over pairs, whose logits had this bias on top of the weight's."""
     down_z = getattr(layer, "down_z", None)
     if down_z is not None:
         # The weights sum to one, so the mean of the projections is the projection of the mean.
         out_pair = down_z(out_pair)
     update: Tensor = assemble(layer, out, out_points, out_pair, frames)
     # The softmax removes this bias, so its gradient is zero: zero, not absent, or DDP would wait for it.
-    return update + 0.0 * layer.linear_b.bias.sum() if torch.is_grad_enabled() else update
+    return update if logit_bias is None or not torch.is_grad_enabled() else update + 0.0 * logit_bias.sum()
 
 
 def pair_attention_use(layer: Any) -> Use:

@@ -3,7 +3,6 @@
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..kernels.common.blocking import pairs_per_block, slices
 from .linear import Linear
@@ -71,5 +70,5 @@ class OuterProductMean(nn.Module):
         # How many sequences have both residues; a matrix product, exact in float32.
         both = torch.einsum("bsi,bsj->bij", there[:, :, rows].to(dtype), there.to(dtype)).clamp(min=1)
         mean = products / both[..., None]
-        out: Tensor = F.linear(mean.to(a.dtype), self.proj_o.weight, self.proj_o.bias)
+        out: Tensor = self.proj_o(mean.to(a.dtype))
         return out

@@ -5,6 +5,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from ..kernels.attention_pair_bias import pair_bias
+from .children import ChildGuard, may_read
 from .linear import Linear
 from .masks import boolean
 from .pair_shapes import check_square
@@ -30,6 +31,7 @@ class PairWeightedAveraging(nn.Module):
         self.proj_g = nn.Linear(c_m, c_h * num_heads, bias=False)
         self.proj_z = nn.Linear(c_z, num_heads, bias=False)
         self.proj_o = Linear(c_h * num_heads, c_m, bias=False, init="final")
+        self.child_guard = ChildGuard(self, only=("norm_z", "proj_z"))
 
     def forward(
         self,
@@ -61,7 +63,8 @@ class PairWeightedAveraging(nn.Module):
         return out
 
     def _bias(self, z: Float[Tensor, "b n n c_z"]) -> Float[Tensor, "b h n n"]:
-        if torch.is_grad_enabled():  # the streamed projection has no second derivative
+        # The streamed projection has no second derivative.
+        if torch.is_grad_enabled() or not may_read(self, self.child_guard):
             bias: Tensor = self.proj_z(self.norm_z(z)).permute(0, 3, 1, 2)
             return bias
         return pair_bias(z, self.norm_z.weight, self.norm_z.bias, self.proj_z.weight, self.norm_z.eps)

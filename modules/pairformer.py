@@ -181,7 +181,7 @@ class PairformerLayer(nn.Module):
             return self.s_post_norm(s + self.transition_s(s)), z
         with torch.autocast(s.device.type, enabled=False):
             # In float32 whatever autocast says, as in the original; in the weights' type, where they have another.
-            dtype = self.pre_norm_s.weight.dtype
+            dtype = next(self.pre_norm_s.parameters(), s).dtype
             s = s.to(dtype)
             normed = self.pre_norm_s(s)
             s = s + self.attention(normed, z.to(dtype), mask, normed)

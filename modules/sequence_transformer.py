@@ -26,7 +26,7 @@ class SelfAttention(KernelModule):
         super().__init__()
         if heads < 1 or c % heads:
             raise ValueError(f"a width of {c} cannot be shared among {heads} heads")
-        self.heads, self.dropout = heads, dropout
+        self.c, self.heads, self.dropout = c, heads, dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * c, c))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * c))
         self.out_proj = nn.Linear(c, c)
@@ -35,7 +35,7 @@ class SelfAttention(KernelModule):
 
     def kernel_uses(self) -> list[Use]:
         """Attention; with dropout when training."""
-        dims = {"h": self.heads, "d": self.out_proj.in_features // self.heads}
+        dims = {"h": self.heads, "d": self.c // self.heads}
         return [Use("attention", dims), *([Use("attention", dims, ("dropout",))] if self.dropout > 0 else [])]
 
     def forward(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b n c"]:

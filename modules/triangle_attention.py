@@ -1,9 +1,10 @@
 """Triangle attention as a layer, around the starting and around the ending node."""
 
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from ..kernels.registry.binding import Use
+from ..kernels.triangle_attention import triangle_attention
 from ..kernels.triangle_attention_update import Weights, triangle_attention_update
 from .kernel_module import KernelModule
 from .linear import Linear
@@ -32,6 +33,7 @@ class TriangleAttention(KernelModule):
         self.linear = Linear(c_in, no_heads, bias=False)
         nn.init.kaiming_normal_(self.linear.weight, nonlinearity="linear")
         self.mha = _Projections(c_in, c_hidden * no_heads)
+        self.reads("layer_norm", "linear", "mha")
 
     def kernel_uses(self) -> list[Use]:
         """Triangle attention."""
@@ -74,15 +76,34 @@ class TriangleAttention(KernelModule):
         """
         check_square(type(self).__name__, x, self.c_in, mask)
         square = x.shape[-3:]
+        z, pairs = x.reshape(-1, *square), None if mask is None else boolean(mask.reshape(-1, *square[:2]))
+        if not self.may_read():
+            return self._called(z, pairs).reshape(x.shape)
         update = triangle_attention_update(
-            x.reshape(-1, *square),
-            None if mask is None else boolean(mask.reshape(-1, *square[:2])),
+            z,
+            pairs,
             self.weights(),
             ending=not self.starting,
             eps=self.layer_norm.eps,
             config=self.kernel_config,
         )
         return update.reshape(x.shape)
+
+    def _called(
+        self, z: Float[Tensor, "b n n c_in"], mask: Bool[Tensor, "b n n"] | None
+    ) -> Float[Tensor, "b n n c_in"]:
+        """Layers around the attention alone."""
+        if not self.starting:
+            z, mask = z.transpose(1, 2), None if mask is None else mask.transpose(1, 2)
+        x, mha = self.layer_norm(z), self.mha
+        q, k, v = (
+            layer(x).unflatten(-1, (self.no_heads, -1)).permute(0, 3, 1, 2, 4)
+            for layer in (mha.linear_q, mha.linear_k, mha.linear_v)
+        )
+        bias = self.linear(x).permute(0, 3, 1, 2)
+        attended = triangle_attention(q, k, v, bias, mask, config=self.kernel_config).permute(0, 2, 3, 1, 4).flatten(3)
+        out: Tensor = mha.linear_o(attended * mha.linear_g(x).sigmoid())
+        return out if self.starting else out.transpose(1, 2)
 
 
 TriangleAttentionStartingNode = TriangleAttention

@@ -2,11 +2,14 @@
 
 from typing import ClassVar
 
-from jaxtyping import Float, Shaped
+import torch
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from ..kernels.dtypes import cast, floating_type
 from ..kernels.registry.binding import Use
 from ..kernels.triangle_multiplication import Direction, Weights, triangle_multiplication
+from ..kernels.triangle_multiplication.reference import TRIANGLES
 from .kernel_module import KernelModule
 from .linear import Linear
 from .masks import boolean
@@ -24,6 +27,7 @@ class TriangleMultiplication(KernelModule):
 
     def __init__(self, dim: int = 128) -> None:
         super().__init__()
+        self.dim = dim
         self.norm_in = nn.LayerNorm(dim)
         self.p_in = Linear(dim, 2 * dim, bias=False)
         # Weights of zero: every gate starts half open.
@@ -31,10 +35,11 @@ class TriangleMultiplication(KernelModule):
         self.norm_out = nn.LayerNorm(dim)
         self.p_out = Linear(dim, dim, bias=False, init="final")
         self.g_out = Linear(dim, dim, bias=False, init="final")
+        self.reads("norm_in", "p_in", "g_in", "norm_out", "p_out", "g_out")
 
     def kernel_uses(self) -> list[Use]:
         """Triangle multiplication."""
-        return [Use("triangle_multiplication", {"cz": self.g_out.in_features, "c": self.p_out.in_features})]
+        return [Use("triangle_multiplication", {"cz": self.dim, "c": self.dim})]
 
     def weights(self) -> Weights:
         """The operation's weights."""
@@ -68,17 +73,31 @@ class TriangleMultiplication(KernelModule):
         Raises:
             ValueError: x is no square of `dim` channels, or the mask does not fit it.
         """
-        check_square(type(self).__name__, x, self.g_out.in_features, mask)
+        check_square(type(self).__name__, x, self.dim, mask)
         square = x.shape[-3:]
+        z, pairs = x.reshape(-1, *square), None if mask is None else boolean(mask.reshape(-1, *square[:2]))
+        if not self.may_read():
+            return self._called(z, pairs).reshape(x.shape)
         update = triangle_multiplication(
-            x.reshape(-1, *square),
-            None if mask is None else boolean(mask.reshape(-1, *square[:2])),
+            z,
+            pairs,
             self.weights(),
             self.direction,
             eps=self.norm_in.eps,
             config=self.kernel_config,
         )
         return update.reshape(x.shape)
+
+    def _called(self, z: Float[Tensor, "b n n dim"], mask: Bool[Tensor, "b n n"] | None) -> Float[Tensor, "b n n dim"]:
+        """The operation's definition, of layers in place of weights."""
+        x = self.norm_in(z)
+        edges = self.p_in(x) * self.g_in(x).sigmoid()
+        if mask is not None:
+            edges = edges.masked_fill(~mask[..., None], 0.0)
+        left, right = edges.chunk(2, dim=-1)
+        product = torch.einsum(TRIANGLES[self.direction], left, right)
+        out: Tensor = self.p_out(self.norm_out(product)) * self.g_out(x).sigmoid()
+        return cast(out, floating_type(z))
 
 
 class TriangleMultiplicationOutgoing(TriangleMultiplication):

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels.edge_transition_attention import edge_transition_attention, pays
 from .edge_transition import EdgeTransition
 from .invariant_point_attention import InvariantPointAttention
+from .kernel_module import KernelModule
 from .linear import Linear
 from .rigid import Rigid
 from .sequence_transformer import SequenceTransformer
@@ -122,16 +123,18 @@ class Trunk(nn.ModuleDict):
         """Block b's edge transition and the next block's IPA. Both see the same residues, so one pass may do both."""
         transition: Any = self[f"edge_transition_{b}"]
         attention: Any = self[f"ipa_{b + 1}"]
-        grad = torch.is_grad_enabled() and (z.requires_grad or transition.final_layer.weight.requires_grad)
-        dims = {**transition.kernel_uses()[0].dims, **attention.kernel_uses()[0].dims}
-        alone = (
-            (self.training and attention.dropout_prob > 0)
-            or transition.kernel_config != attention.kernel_config
-            # One pass would go by without calling the layers, and so without their hooks.
-            or _has_hooks(transition)
-            or _has_hooks(attention)
+        together = (
+            # One pass would go by without calling the layers, nor what was put around them or inside.
+            _is_untouched(transition, EdgeTransition)
+            and _is_untouched(attention, InvariantPointAttention)
+            and transition.kernel_config == attention.kernel_config
+            and not (self.training and attention.dropout_prob > 0)
         )
-        if alone or not pays(z, dims=dims, grad=grad, config=attention.kernel_config):
+        if together:
+            grad = torch.is_grad_enabled() and (z.requires_grad or transition.final_layer.weight.requires_grad)
+            dims = {**transition.kernel_uses()[0].dims, **attention.kernel_uses()[0].dims}
+            together = pays(z, dims=dims, grad=grad, config=attention.kernel_config)
+        if not together:
             z = transition(nodes, z, mask)
             return z, attention(nodes, z, frames, mask)
         q, k, v, q_points, k_points, v_points = attention.project(nodes, frames)
@@ -169,7 +172,11 @@ def _masked(z: Tensor, pair_mask: Tensor | None) -> Tensor:
     return z if pair_mask is None else z * pair_mask[..., None].to(z.dtype)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+def _is_untouched(layer: Any, kind: type[KernelModule]) -> bool:
+    """Whether a layer is of this very class, without hooks, and its children's weights may be read."""
+    return (
+        type(layer) is kind
+        and "forward" not in layer.__dict__
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        and layer.may_read()
     )

@@ -34,8 +34,8 @@ class Recognised:
         uses: A module-level function from the module to the operations that this forward calls.
         notes: What a user should know: when the module's own forward still runs, say.
         encloses: Whether the forward runs what stands inside the module, too. If not, that is looked at as well.
-        calls: The children (dotted names) that the forward calls as modules, as the original does. All others it reads,
-            or does their work: where one of these has changed since, the module's own forward runs.
+        calls: The children (dotted names) that the forward calls as modules, with the very inputs of the original. All
+            others it reads, or does their work: where one of these has changed since, the module's own forward runs.
     """
 
     form: str

@@ -90,6 +90,17 @@ def _first_floating(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | N
     return None
 
 
+class Uses:
+    """The operations that a forward of ours calls, as they were found: sizes are no longer asked of its children."""
+
+    def __init__(self, uses: tuple[Use, ...]) -> None:
+        self.uses = uses
+
+    def __call__(self) -> list[Use]:
+        """The uses."""
+        return list(self.uses)
+
+
 class Candidate:
     """A recognised module as `bind` takes it, before anything is put on it."""
 
@@ -106,7 +117,7 @@ class Candidate:
         """Put the forward, and the configuration that `bind` gave, on the module."""
         entries = self.module.__dict__
         entries["kernel_config"] = self.kernel_config
-        entries["kernel_uses"] = Bound(self.recognised.uses, self.module)
+        entries["kernel_uses"] = Uses(tuple(self.recognised.uses(self.module)))
         guard = ChildGuard(self.module, self.recognised.calls) if self.recognised.encloses else None
         entries["forward"] = entries[_PLACED] = BoundForward(self.recognised.forward, self.module, guard)
         entries[_REPLICATE] = Bound(replicate, self.module)

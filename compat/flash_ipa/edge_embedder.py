@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...errors import BadInput
 from ...kernels.registry.binding import Use
 from ...modules.edge_factors import LinearFactorizer, embed_factors
-from ...modules.edge_features import embed_pairs, pair_features_use, pair_perceptron
+from ...modules.edge_features import READ, embed_pairs, pair_features_use, pair_perceptron
 from ...modules.kernel_module import KernelModule
 from ...modules.masks import boolean
 from .utils import check_mode
@@ -109,6 +109,8 @@ class EdgeEmbedder(KernelModule):
             self.factorizer = LinearFactorizer(self.max_len, self.c_p, self.z_factor_rank, self.c_p)
         # Modes without bias have these weights too, and never read them: their checkpoints hold them.
         self.edge_embedder = pair_perceptron(3 * f + 2 * bins, self.c_p)
+        if self.mode in _DENSE:
+            self.reads(*READ)
 
     def kernel_uses(self) -> list[Use]:
         """Edge features, in the modes that form pairs."""
@@ -167,7 +169,14 @@ class EdgeEmbedder(KernelModule):
         if z is None:
             mask = boolean(node_mask) if given_mask is None else None
             z = embed_pairs(
-                self, node_embed, translations, trans_sc, self.num_bins, mask=mask, config=self.kernel_config
+                self,
+                node_embed,
+                translations,
+                trans_sc,
+                self.num_bins,
+                mask=mask,
+                config=self.kernel_config,
+                called=not self.may_read(),
             )
         if self.mode == "flash_2d_factorize_bias":
             if edge_embed is None and given_mask is not None:

@@ -14,7 +14,7 @@ from ...errors import BadInput
 from ...kernels.factorized_point_attention import Lifting
 from ...kernels.registry.binding import Use
 from ...modules.edge_factor_transition import edge_bias_layer, update_factors
-from ...modules.edge_transition import TransitionLayers, check_two_layers, pair_transition_use, update_pairs
+from ...modules.edge_transition import READ, TransitionLayers, check_two_layers, update_pairs
 from ...modules.factorized_point_attention import attend_over_factors, factor_attention_use
 from ...modules.invariant_point_attention import attend_over_pairs, pair_attention_use
 from ...modules.point_attention import PointAttention
@@ -120,6 +120,8 @@ class InvariantPointAttention(PointAttention):
         self.use_flash_attn = bool(ipa_conf.use_flash_attn)
         self.rank: int = ipa_conf.z_factor_rank if self.use_flash_attn else 0
         self.attention_dtype = attention_dtype(ipa_conf) if self.use_flash_attn else None
+        if self._reads_pairs:
+            self.reads("linear_b")
 
     @property
     def _reads_pairs(self) -> bool:
@@ -174,7 +176,7 @@ class InvariantPointAttention(PointAttention):
                     "use mode orig_2d_bias throughout, or turn use_flash_attn on.",
                 )
             mask = s.new_ones(s.shape[:-1]) if mask is None else mask
-            return attend_over_pairs(self, s, z, r, mask)
+            return attend_over_pairs(self, s, z, r, mask, called=not self.may_read())
         if z is not None:
             raise BadInput(
                 "this layer never reads a dense pair representation, and is given one (z)"
@@ -251,10 +253,12 @@ class EdgeTransition(TransitionLayers):
         self.mode, self.z_factor_rank = mode, z_factor_rank
         if mode == "1d":
             self.edge_bias_linear = edge_bias_layer(self, z_factor_rank)
+        else:
+            self.reads(*READ)
 
     def kernel_uses(self) -> list[Use]:
         """The edge transition, in mode 2d."""
-        return [pair_transition_use(self)] if self.mode == "2d" else []
+        return [Use("edge_transition", self.sizes)] if self.mode == "2d" else []
 
     def forward(
         self,
@@ -282,7 +286,7 @@ class EdgeTransition(TransitionLayers):
         if self.mode == "2d":
             if edge_embed is None or any(factor is not None for factor in factors):
                 raise BadInput("an edge transition of mode 2d reads a pair representation", "pass edge_embed alone.")
-            return update_pairs(self, node_embed, edge_embed)
+            return update_pairs(self, node_embed, edge_embed, called=not self.may_read())
         if edge_embed is not None or z_factor_1 is None or z_factor_2 is None:
             raise BadInput("an edge transition of mode 1d reads two factors", "pass z_factor_1 and z_factor_2 alone.")
         return update_factors(self, self.edge_bias_linear, self.z_factor_rank, node_embed, z_factor_1, z_factor_2)

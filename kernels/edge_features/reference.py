@@ -46,12 +46,33 @@ def run(
 ) -> Float[Tensor, "b n n cz"]:
     """Concatenate the features of each pair, three layers with ReLU between them, LayerNorm."""
     dtype = widest(nodes, weights[0])
-    b, n, _ = nodes.shape
-    nodes = nodes.to(dtype)
-    index = torch.arange(n, device=nodes.device)
-    offsets = index[:, None] - index[None]
-    waves = sinusoids(offsets, relpos_weight.shape[1], MAX_RELATIVE_POSITION, dtype)
+    waves = position_waves(nodes, relpos_weight.shape[1], dtype)
     relpos = F.linear(waves, relpos_weight.to(dtype), relpos_bias.to(dtype))
+    out = pair_columns(nodes.to(dtype), positions, positions_sc, chain, diffuse, relpos, num_bins)
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        out = F.linear(out if layer == 0 else F.relu(out), weight.to(dtype), bias.to(dtype))
+    out = F.layer_norm(out, out.shape[-1:], norm_weight.to(dtype), norm_bias.to(dtype), eps)
+    return without_masked(out, mask).to(out_dtype)
+
+
+def position_waves(nodes: Float[Tensor, "b n f"], width: int, dtype: torch.dtype) -> Float[Tensor, "n n f"]:
+    """Sinusoids of the sequence distance of each pair."""
+    index = torch.arange(nodes.shape[1], device=nodes.device)
+    return sinusoids(index[:, None] - index[None], width, MAX_RELATIVE_POSITION, dtype)
+
+
+def pair_columns(
+    nodes: Float[Tensor, "b n f"],
+    positions: Float[Tensor, "b n 3"],
+    positions_sc: Float[Tensor, "b n 3"],
+    chain: Int[Tensor, "b n"] | None,
+    diffuse: Float[Tensor, "b n"] | None,
+    relpos: Float[Tensor, "n n f"],
+    num_bins: int,
+) -> Float[Tensor, "b n n features"]:
+    """The features of each pair, in the order of the first layer's columns."""
+    b, n, _ = nodes.shape
+    dtype = nodes.dtype
     columns = [
         nodes[:, :, None].expand(-1, -1, n, -1),
         nodes[:, None].expand(-1, n, -1, -1),
@@ -64,13 +85,12 @@ def run(
     if diffuse is not None:
         flags = diffuse.to(dtype)[..., None]
         columns += [flags[:, :, None].expand(-1, -1, n, -1), flags[:, None].expand(-1, n, -1, -1)]
-    out = torch.cat(columns, dim=-1)
-    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        out = F.linear(out if layer == 0 else F.relu(out), weight.to(dtype), bias.to(dtype))
-    out = F.layer_norm(out, out.shape[-1:], norm_weight.to(dtype), norm_bias.to(dtype), eps)
-    if mask is not None:
-        out = out.masked_fill(~(mask[:, :, None] & mask[:, None])[..., None], 0.0)
-    return out.to(out_dtype)
+    return torch.cat(columns, dim=-1)
+
+
+def without_masked(out: Float[Tensor, "b n n cz"], mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b n n cz"]:
+    """Zeros for the pairs with a masked residue."""
+    return out if mask is None else out.masked_fill(~(mask[:, :, None] & mask[:, None])[..., None], 0.0)
 
 
 def load() -> KernelFunction:

@@ -36,23 +36,14 @@ SCALES = (2**0.2, 2**0.4, 2**0.6, 2**0.8)
 
 #: Where the rule does not hold, by how much it is exceeded, and why. Measured; nothing may be added without a reason.
 EXCEEDS = {
-    # The same, and the attended points come back in bfloat16: value and sum are each rounded to 1 part in 512.
+    # A library whose attended points come back in bfloat16: value and sum are each rounded to 1 part in 512. Measured
+    # on a stand-in.
     ("factorized_point_attention", "flash_attn", torch.bfloat16): 2.5,
-    # The same of what the pair factors are asked for; up to 3.7 was seen in the interpreter, of the points' weights.
-    ("factorized_point_attention", "triton", torch.bfloat16): 4.0,
-    # scaled_dot_product_attention's flash kernels round the weights and their gradients to bfloat16 before the second
-    # product. Up to 2.1 times the rule was seen; the definition with every operation in bfloat16 comes to 1.0.
-    ("attention", "torch", torch.bfloat16): 2.5,
-    # Points, which the definition keeps in float32, are values of 16 bits; so are the gradients of lifted points. 3.8
-    # was seen, on a stand-in.
+    # A library that takes and gives points, which plain PyTorch keeps in float32, in 16 bits; so are the gradients of
+    # lifted points. 3.8 was seen, on a stand-in.
     ("invariant_point_attention", "cuequivariance", torch.bfloat16): 4.5,
-    # Weights and their gradients are rounded to 16 bits before their products, as by PyTorch's own fused attention. Up
-    # to 1.7, and of the attention with a dense bias 1.9, was seen, interpreted.
-    ("invariant_point_attention", "triton", torch.bfloat16): 2.5,
-    ("triangle_attention", "triton", torch.bfloat16): 2.5,
-    ("attention_pair_bias", "triton", torch.bfloat16): 2.5,
 }
-#: The same, on CUDA only: what stands above of scaled_dot_product_attention, which it calls there.
+#: The same, on CUDA only: scaled_dot_product_attention, which is given lifted points, gives them in 16 bits there.
 EXCEEDS_ON_CUDA = {("factorized_point_attention", "torch", torch.bfloat16): 2.5}
 
 #: Gradients that come back through a ReLU. Of a value close to zero 16 bits may see the other side, which moves single

@@ -10,6 +10,8 @@ from ..registry import register
 from ..registry.types import KernelFunction, serves_everything
 from . import Direction, Weights
 
+TRIANGLES: dict[Direction, str] = {"outgoing": "bikc,bjkc->bijc", "incoming": "bkic,bkjc->bijc"}
+
 
 def run(
     z: Float[Tensor, "b n n cz"],
@@ -26,8 +28,7 @@ def run(
     if mask is not None:
         edges = edges.masked_fill(~mask[..., None], 0.0)
     left, right = edges.chunk(2, dim=-1)
-    triangles = "bikc,bjkc->bijc" if direction == "outgoing" else "bkic,bkjc->bijc"
-    product = torch.einsum(triangles, left, right)
+    product = torch.einsum(TRIANGLES[direction], left, right)
     out = F.layer_norm(product, product.shape[-1:], w.norm_out_weight, w.norm_out_bias, eps)
     out = F.linear(out, w.p_out, w.p_out_bias) * F.linear(x, w.g_out, w.g_out_bias).sigmoid()
     return out.to(given)

@@ -477,7 +477,7 @@ def test_every_environment_variable_is_known(root):
     used = set()
     for room in ("kernels", "modules", "configs", "compat", "cli"):
         for file in (root / room).rglob("*.py"):
-            used |= set(re.findall(r"\bFOLDKERNELS_[A-Z_]*[A-Z]\b", file.read_text(encoding="utf-8")))
+            used |= set(re.findall(r"\bFOLDKERNELS_[A-Z0-9_]*[A-Z0-9]\b", file.read_text(encoding="utf-8")))
     assert used == set(OURS)
 
 

@@ -25,10 +25,9 @@ from foldkernels.kernels.testing.cases.case import Case
 from .interpreted import FLOOR, allow_the_cpu, answer_questions, poison_memory, second_derivative
 
 OPERATION = "invariant_point_attention"
-#: Beyond that rule beside a 16-bit z: weights and their gradients are rounded before their products, where the
-#: definition computes in float32 and rounds its results only; and gradients to bfloat16, beside float16 too, where they
-#: would underflow. Up to 1.7 was seen in bfloat16, 2.3 in float16.
-EXCEEDS = {torch.float32: 1.0, torch.bfloat16: 2.5, torch.float16: 2.5}
+#: Beyond that rule beside a float16 z: gradients are rounded to bfloat16 there, as in float16 they would underflow. Up
+#: to 2.3 was seen.
+EXCEEDS = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 2.5}
 
 
 def plan(case: Mapping[str, Any]) -> None:
@@ -115,9 +114,9 @@ def compare(asked: dict[str, Any]) -> dict[str, Any]:
     if of_z is not dtype:
         case = beside(case, of_z)
     truth = accuracy.run(case, "reference", dtype, variant=variant, wide=True)
-    plain = accuracy.run(case, "reference", dtype, variant=variant)
+    plain = accuracy.run_plain(case, dtype, variant=variant)
     # Beside a narrower z, the rest may be rounded as z is: that is what a precision of "bfloat16" allows.
-    narrow = accuracy.run(case, "reference", of_z, variant=variant) if of_z is not dtype else plain
+    narrow = accuracy.run_plain(case, of_z, variant=variant) if of_z is not dtype else plain
     of_narrow = accuracy.run(case, "reference", of_z, variant=variant, wide=True) if of_z is not dtype else truth
     plan(asked)
     overwrite = FAULTS[asked["fault"]](case.values) if asked["fault"] else None

@@ -54,7 +54,7 @@ class BoltzTransition(Adapter):
         require_exactly(module, silu=nn.SiLU)
         require_children(module, ("norm", "fc1", "fc2", "fc3", "silu"))
         require_signature(module, "x chunk_size=")
-        return Recognised("Boltz", boltz, uses, calls=("norm", "fc1", "fc2", "fc3"))
+        return Recognised("Boltz", boltz, uses)
 
     def example(self, module: nn.Module, generator: torch.Generator) -> Example:
         """See the class."""

@@ -78,7 +78,7 @@ class FairESMAttention(Adapter):
             "query key value key_padding_mask= incremental_state= need_weights= static_kv= attn_mask= before_softmax= "
             "need_head_weights=",
         )
-        return Recognised("fair-esm", fair_esm, uses, (_NOTE, _PADDING), calls=(*_PROJECTIONS, "rot_emb"))
+        return Recognised("fair-esm", fair_esm, uses, (_NOTE, _PADDING), calls=_PROJECTIONS)
 
     def example(self, module: nn.Module, generator: torch.Generator) -> Example:
         """See the class."""

@@ -63,9 +63,7 @@ class HuggingFaceESMAttention(Adapter):
         require_signature(
             module, "hidden_states attention_mask= head_mask= encoder_hidden_states= encoder_attention_mask= **kwargs"
         )
-        return Recognised(
-            "transformers", transformers, uses, (_NOTE, _PADDING), calls=(*_PROJECTIONS, "rotary_embeddings")
-        )
+        return Recognised("transformers", transformers, uses, (_NOTE, _PADDING), calls=_PROJECTIONS)
 
     def example(self, module: nn.Module, generator: torch.Generator) -> Example:
         """See the class."""

@@ -69,7 +69,7 @@ class MultiflowIPA(Adapter):
         require_exactly(module, softmax=nn.Softmax, softplus=nn.Softplus)
         if not isinstance(getattr(module, "eps", None), float):
             raise Declined("it has no number eps")
-        calls = tuple(name for name in layers if name != "linear_b")
+        calls = tuple(name for name in layers if name not in ("linear_b", "down_z"))
         taken = require_signature(
             module,
             "s z r mask attention_mask= _offload_inference= _z_reference_list=",

@@ -45,7 +45,7 @@ class OpenFoldPairTransition(Adapter):
             "z mask=": ("Genie 2", genie),
         }
         form, forward = forms[require_signature(module, *forms)]
-        return Recognised(form, forward, uses, calls=("layer_norm", "linear_1", "linear_2"))
+        return Recognised(form, forward, uses)
 
     def example(self, module: nn.Module, generator: torch.Generator) -> Example:
         """See the class."""

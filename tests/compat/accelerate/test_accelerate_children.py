@@ -179,6 +179,34 @@ def of_a_tensor_subclass(child: Any) -> None:
     child._parameters["weight"] = child.weight.detach().as_subclass(_Twice)
 
 
+@pytest.mark.parametrize("form", BUILDERS)
+def test_a_hook_sees_what_it_would_have_seen(form: str) -> None:
+    """Inputs and outputs of the same shapes and types, as often."""
+    for name in [name for name, _ in built(form).named_modules() if name]:
+        seen: list[list[Any]] = []
+        for accelerated in (False, True):
+            module = built(form)
+            if accelerated:
+                foldkernels.accelerate(module)
+            calls: list[Any] = []
+            seen.append(calls)
+            module.get_submodule(name).register_forward_hook(
+                lambda child, args, kwargs, out, calls=calls: calls.append(described((args, kwargs, out))),
+                with_kwargs=True,
+            )
+            with torch.no_grad():
+                outputs(form, module)
+        assert seen[0] == seen[1], name
+
+
+def described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, tuple | list):
+        return [described(part) for part in value]
+    return sorted(value) if isinstance(value, dict) else type(value)
+
+
 WEIGHTS = (
     pruned,
     weight_normed,
