@@ -73,7 +73,7 @@ test-peers: $(INSTALLED)
 	PYTHONPATH=.peers OMP_NUM_THREADS=1 $(PY) -m pytest tests/peers $(ARGS)
 
 lint: $(INSTALLED)
-	$(PY) -m pytest -q tests/test_style.py
+	$(PY) -m pytest -q tests/repo/test_style.py
 
 # Needs no .venv: the linters depend on nothing of ours. zizmor is offline: a new version's hash is looked up by hand.
 TOOLS := .tools
@@ -96,7 +96,7 @@ dist: $(INSTALLED)
 	$(PY) -m twine check --strict dist/*
 
 bench: $(INSTALLED)
-	$(PY) -m benchmarks.multiflow_cpu $(ARGS)
+	$(PY) -m benchmarks.studies.multiflow_cpu $(ARGS)
 
 # The pages that are written from the code first, so that the site is of this checkout.
 docs: $(INSTALLED)

@@ -17,6 +17,10 @@ KEYWORDS = (
     "PyTorch, AlphaFold, OpenFold, Boltz, Multiflow, FrameFlow, FlashIPA, ESM"
 )
 ROOMS = ("kernels", "modules", "configs", "compat", "cli")
+#: The benchmarks that the command runs; its studies stay in the checkout.
+BENCHMARKS = ("benchmarks", "benchmarks.measure", "benchmarks.report", "benchmarks.run")
+#: Modules of the top folder; other files that lie there are not the package's.
+TOP = ("__init__", "__main__", "errors")
 
 BASE = [
     "torch>=2.6",
@@ -108,7 +112,8 @@ def description(readme: str, repository: str | None) -> str:
 
 def rooms() -> list[str]:
     """Every folder of the package. What is not named here (tests, benchmarks, docs, build) stays out."""
-    found = find_namespace_packages(str(ROOT), include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")])
+    patterns = [pattern for room in ROOMS for pattern in (room, f"{room}.*")]
+    found = [*find_namespace_packages(str(ROOT), include=patterns), *BENCHMARKS]
     return ["foldkernels", *(f"foldkernels.{name}" for name in found if "__pycache__" not in name)]
 
 
@@ -124,7 +129,7 @@ class FreshBuild(build_py):
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         """The modules of one folder; of the top one, where setup.py and whatever else lies, only the package's own."""
         modules = super().find_package_modules(package, package_dir)
-        return [m for m in modules if package != "foldkernels" or m[1] in ("__init__", "__main__")]
+        return [m for m in modules if package != "foldkernels" or m[1] in TOP]
 
 
 readme = ROOT / "README.md"
