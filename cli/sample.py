@@ -16,8 +16,8 @@ from .reporting import print_json, reported, stopped_by_sigterm
 
 if TYPE_CHECKING:
     from ..compat.multiflow.model import FlowModel
-    from ..compat.multiflow.sampling import SamplingRun
-    from ..compat.multiflow.worker import Worker
+    from ..compat.multiflow.runs.rank import Worker
+    from ..compat.multiflow.runs.sampling import SamplingRun
 
 NAME = "sample"
 SUMMARY = "Sample proteins from a Multiflow checkpoint."
@@ -148,9 +148,9 @@ def run(
 
     resolve_kernel(command_line=kernel or ())
 
-    from ..compat.multiflow.loading import load
-    from ..compat.multiflow.sampling import run_sampling
-    from ..compat.multiflow.worker import Worker
+    from ..compat.multiflow.checkpoint.loading import load
+    from ..compat.multiflow.runs.rank import Worker
+    from ..compat.multiflow.runs.sampling import run_sampling
     from ..kernels.registry import record_kernels
 
     worker = Worker.from_environment()

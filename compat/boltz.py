@@ -11,6 +11,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+from ..errors import BadInput
 from .checkpoints.weight_files import (
     is_safetensors,
     is_sharded,
@@ -21,7 +22,6 @@ from .checkpoints.weight_files import (
     state_of,
 )
 from .checkpoints.wrapped_names import unwrapped
-from .errors import BadInput
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ def read_checkpoint(path: str | Path) -> BoltzCheckpoint:
     if is_sharded(path) or is_safetensors(path):
         weights = read_shards(path) if is_sharded(path) else read_safetensors(path)
         return BoltzCheckpoint(_weights(str(path), weights), source=str(path))
-    from .plain_data import plain
+    from .checkpoints.plain_data import plain
 
     content = read_content(path)
     if not isinstance(content, Mapping):
@@ -111,9 +111,9 @@ def load_pairformer(
     """
     import torch
 
-    from ..kernels.binding import bind
+    from ..kernels.registry.binding import bind
     from ..modules.pairformer import PairformerModule, PairformerNoSeqModule
-    from .multiflow.checkpoint import fit_report
+    from .multiflow.checkpoint.files import fit_report
 
     if isinstance(checkpoint, (str, Path)):
         checkpoint = read_checkpoint(checkpoint)

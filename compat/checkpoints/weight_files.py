@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadInput
+from ...errors import BadInput
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,7 +163,7 @@ def read_content(path: Path) -> object:
     """What a file holds: a table of tensors from safetensors, or what ``torch.save`` wrote; the content tells which."""
     if is_safetensors(path):
         return read_safetensors(path)
-    from ..torch_archive import read_torch_file
+    from .torch_file import read_torch_file
 
     return read_torch_file(path)
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import BadInput
+from ...errors import BadInput
 
 #: Name that a wrapper gives the module inside it, wherever it stands, and whose it is.
 _WRAPPERS = {

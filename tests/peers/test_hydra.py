@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from foldkernels.compat.errors import BadInput
-from foldkernels.compat.multiflow.checkpoint import read_checkpoint
-from foldkernels.compat.multiflow.configuration import model_section, read_config
+from foldkernels.compat.multiflow.checkpoint.files import read_checkpoint
+from foldkernels.compat.multiflow.config.sections import model_section, read_config
+from foldkernels.errors import BadInput
 
 hydra = pytest.importorskip("hydra", reason="hydra-core is not installed (pip install '.[hydra]')")
 SMALL = Path(__file__).parents[1] / "goldens" / "multiflow" / "small"

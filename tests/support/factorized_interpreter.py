@@ -13,12 +13,12 @@ from torch import Tensor
 
 from foldkernels.kernels.factorized_point_attention import reference
 from foldkernels.kernels.factorized_point_attention import triton as kernel
+from foldkernels.kernels.testing.rounded_operators import plain_pytorch
 
 from .interpreted import FLOOR, answer_questions, poison_memory, second_derivative
 
-#: Beyond that rule in 16 bits, where weights, and what the pair factors are asked for, are rounded before a product;
-#: up to 3.7 was seen, of the points' weights, whose gradient sums over all pairs.
-EXCEEDS = {"float32": 1.0, "bfloat16": 4.0, "float16": 4.0}
+#: Beyond that rule in 16 bits, where plain PyTorch runs once, whose error may by luck be small: up to 1.01 was seen.
+EXCEEDS = {"float32": 1.0, "bfloat16": 1.25, "float16": 1.25}
 POINTS = ("q_points", "k_points", "v_points")
 
 
@@ -80,7 +80,9 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Compare with the definition in float64."""
     x = inputs(case)
     truth = run(case, reference.run, {name: value.double() for name, value in x.items()})
-    plain, got = run(case, reference.run, x), run(case, kernel.load(), planted(case, x))
+    with plain_pytorch(getattr(torch, case["dtype"]), [x[name] for name in (*POINTS, "point_weights")]):
+        plain = run(case, reference.run, x)
+    got = run(case, kernel.load(), planted(case, x))
     again = run(case, kernel.load(), planted(case, x)) if case.get("twice") else got
     largest_gradient = max(float(true.abs().max()) for name, true in truth.items() if name.startswith("d_"))
     answer: dict[str, Any] = {}

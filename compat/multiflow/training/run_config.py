@@ -15,8 +15,10 @@ from pydantic import ValidationError
 
 from ....configs.kernel import did_you_mean
 from ....configs.options import FoldkernelsConfig
-from ...errors import BadInput
-from ..configuration import (
+from ....errors import BadInput
+from ..checkpoint.size_limits import refuse_oversize
+from ..config.hydra_config import refuse_hydra_keys
+from ..config.sections import (
     InterpolantConfig,
     ModelConfig,
     Section,
@@ -26,8 +28,6 @@ from ..configuration import (
     model_section,
     read_config,
 )
-from ..hydra_config import refuse_hydra_keys
-from ..model_size import refuse_oversize
 from .settings import ExperimentConfig
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ....configs.kernel import did_you_mean
 from ....configs.seeds import generator_seed
-from ..configuration import Section, as_data, checked
+from ..config.sections import Section, as_data, checked
 
 
 class StrictSection(Section):
