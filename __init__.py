@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .compat.accelerate import accelerate, restore
     from .configs.kernel import KernelConfig
-    from .kernels.binding import bind
-    from .kernels.explanation import explain
     from .kernels.registry import KernelFallbackWarning, KernelUnavailable, decide, record_kernels, register
+    from .kernels.registry.binding import bind
+    from .kernels.registry.explanation import explain
 
 __version__ = "0.1.0"
 
 # Loaded when asked for, so that `import foldkernels` costs next to nothing.
 _HOMES = {
     "KernelConfig": ".configs.kernel",
-    "KernelFallbackWarning": ".kernels.registry",
-    "KernelUnavailable": ".kernels.registry",
+    "KernelFallbackWarning": ".errors",
+    "KernelUnavailable": ".errors",
     "accelerate": ".compat.accelerate",
-    "bind": ".kernels.binding",
+    "bind": ".kernels.registry.binding",
     "decide": ".kernels.registry",
-    "explain": ".kernels.explanation",
+    "explain": ".kernels.registry.explanation",
     "record_kernels": ".kernels.registry",
     "register": ".kernels.registry",
     "restore": ".compat.accelerate",

@@ -18,9 +18,9 @@ from .options import Debug, Device, Json, best_device, check_known, lengths_opti
 from .reporting import print_json, reported
 
 if TYPE_CHECKING:
-    from .benchmarking.plan import Plan
-    from .benchmarking.rows import Results, Row
-    from .benchmarking.running import Run
+    from ..benchmarks.report.results import Results, Row
+    from ..benchmarks.run.plan import Plan
+    from ..benchmarks.run.runner import Run
 
 NAME = "bench"
 SUMMARY = "How fast each kernel is here, its memory, and whether it is right."
@@ -142,7 +142,7 @@ def run(
 ) -> None:
     """Check each kernel against float64, time those that are right, in turns, and write rows, plots and a report.
 
-    In --out: report.html to read, rows.json to compare later, rows.csv, and a PNG for each operation or model (with
+    In --out: report.page to read, rows.json to compare later, rows.csv, and a PNG for each operation or model (with
     matplotlib, the extra `plots`). Ctrl-C keeps what has been measured.
 
     Exit code 1 if a kernel's numbers are wrong, or --compare finds something slower; 2 if nothing could be measured, or
@@ -152,7 +152,7 @@ def run(
         _compare(*compare, tolerance, beside_baseline, any_machine, json)
         return
     if sys.platform == "win32":
-        from ..compat.errors import BadInput
+        from ..errors import BadInput
 
         raise BadInput("foldkernels bench runs on Linux and macOS")
     wanted = _plan(
@@ -186,10 +186,10 @@ def _plan(
     Raises:
         BadParameter: A word of it means nothing.
     """
+    from ..benchmarks.report.results import MODES
+    from ..benchmarks.run import plan
+    from ..benchmarks.run.operations import DTYPES
     from ..kernels import registry
-    from .benchmarking import plan
-    from .benchmarking.rows import MODES
-    from .benchmarking.subjects import DTYPES
 
     known = sorted(registry.operations())
     # A path needs no --model: no operation's name looks like one.
@@ -222,7 +222,7 @@ def _plan(
 
 def _model(source: str, inputs: str | None) -> dict[str, Any]:
     """A model's specification: a path, or `module:factory`, which needs `--inputs`."""
-    from ..compat.errors import BadInput
+    from ..errors import BadInput
 
     if Path(source).expanduser().exists():
         return {"kind": "model", "name": "multiflow", "source": source}
@@ -238,7 +238,7 @@ def _model(source: str, inputs: str | None) -> dict[str, Any]:
 
 def _folder(out: Path | None, overwrite: bool) -> Path:
     """Where the results go; it must not hold any."""
-    from ..compat.errors import BadInput
+    from ..errors import BadInput
 
     folder = (out or Path("bench") / time.strftime("%Y-%m-%dT%H-%M-%S")).expanduser()
     if (folder / "rows.json").exists() and not overwrite:
@@ -250,11 +250,11 @@ def _folder(out: Path | None, overwrite: bool) -> Path:
 
 
 def _measure(wanted: Plan, folder: Path, json: bool) -> None:
-    from ..compat.errors import BadInput
-    from .benchmarking.plan import check_words
-    from .benchmarking.rows import WRONG, Results, write_json
-    from .benchmarking.running import Run
-    from .benchmarking.summary import headline, problems, table
+    from ..benchmarks.report.results import WRONG, Results, write_json
+    from ..benchmarks.report.summary import headline, problems, table
+    from ..benchmarks.run.plan import check_words
+    from ..benchmarks.run.runner import Run
+    from ..errors import BadInput
 
     command = shlex.join(["foldkernels", *sys.argv[1:]])
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -302,7 +302,7 @@ def _measure(wanted: Plan, folder: Path, json: bool) -> None:
 
 
 def _check_words(wanted: Plan, bench: Run, check: Callable[..., None]) -> None:
-    from ..compat.errors import BadInput
+    from ..errors import BadInput
     from ..kernels import registry
 
     extra = [wanted.baseline] if wanted.baseline else []
@@ -314,8 +314,8 @@ def _check_words(wanted: Plan, bench: Run, check: Callable[..., None]) -> None:
 
 def _required(bench: Run, rows: list[Row]) -> None:
     """A kernel that was required by name and never ran is an error, after everything else has been kept."""
-    from ..compat.errors import BadInput
-    from .benchmarking.rows import UNAVAILABLE
+    from ..benchmarks.report.results import UNAVAILABLE
+    from ..errors import BadInput
 
     for known in bench.known:
         for side in sorted(bench.sides(known)[1]):
@@ -377,12 +377,12 @@ def _progress() -> Iterator[Callable[[str, float, float], None]]:
 
 def _write(results: Results, folder: Path) -> list[Path]:
     """Every file of a run, the report first; without matplotlib there are no PNG files, and a line says so."""
-    from .benchmarking import plots
-    from .benchmarking.report import html
-    from .benchmarking.rows import write_csv, write_json
-    from .benchmarking.series import figures_of, kernels_of
+    from ..benchmarks.report import plots
+    from ..benchmarks.report.page import html
+    from ..benchmarks.report.results import write_csv, write_json
+    from ..benchmarks.report.series import figures_of, kernels_of
 
-    report = folder / "report.html"
+    report = folder / "report.page"
     report.write_text(html(results), encoding="utf-8")
     write_json(results, folder / "rows.json")
     write_csv(results.rows, folder / "rows.csv")
@@ -399,8 +399,8 @@ def _write(results: Results, folder: Path) -> list[Path]:
 
 
 def _compare(old: Path, new: Path, tolerance: float, beside_baseline: bool, any_machine: bool, json: bool) -> None:
-    from .benchmarking.comparison import as_dict, as_text, compare_results
-    from .benchmarking.rows import read
+    from ..benchmarks.report.comparison import as_dict, as_text, compare_results
+    from ..benchmarks.report.results import read
 
     found = compare_results(read(old), read(new), tolerance, beside_baseline, any_machine)
     if json:

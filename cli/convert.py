@@ -38,8 +38,8 @@ def run(
     The result loads like the original, on every machine, and holds no pickle. No code in the checkpoint is run. The
     weights are held against the config before anything is written.
     """
-    from ..compat.multiflow.checkpoint import CONFIG_NAME, read_checkpoint, write_safetensors
-    from ..compat.multiflow.loading import build
+    from ..compat.multiflow.checkpoint.files import CONFIG_NAME, read_checkpoint, write_safetensors
+    from ..compat.multiflow.checkpoint.loading import build
     from ..configs.presets import OPERATIONS
 
     checkpoint = read_checkpoint(weights)

@@ -53,12 +53,12 @@ def run(
     """
     lengths: list[int | None] = [*dict.fromkeys(whole_numbers(length, "--length"))] or [None]
 
-    from ..kernels.machine import MACHINES
+    from ..kernels.hardware.machine import MACHINES
 
     if machine is not None:
         check_known([machine], MACHINES, "machine", "--machine")
 
-    from ..kernels.explanation import explain
+    from ..kernels.registry.explanation import explain
 
     empty, file = empty_model(model)
     explanations = [
@@ -78,7 +78,7 @@ def empty_model(path: Path) -> tuple[FlowModel, Any]:
     """The model of a config or a checkpoint, without its weights, and the file's `kernel:` section."""
     import torch
 
-    from ..compat.multiflow.loading import described
+    from ..compat.multiflow.checkpoint.loading import described
 
     config, source = read_model_config(path)
     with torch.device("meta"):  # shapes are all that is needed
@@ -88,8 +88,8 @@ def empty_model(path: Path) -> tuple[FlowModel, Any]:
 
 def read_model_config(path: Path) -> tuple[DictConfig, Path]:
     """The config that a path means, and the file it is from; weights are read only where the config is inside them."""
-    from ..compat.multiflow.checkpoint import CONFIG_NAME, find_weights, read_checkpoint
-    from ..compat.multiflow.configuration import read_config
+    from ..compat.multiflow.checkpoint.files import CONFIG_NAME, find_weights, read_checkpoint
+    from ..compat.multiflow.config.sections import read_config
 
     path = path.expanduser()
     if path.suffix.lower() in (".yaml", ".yml"):
@@ -106,7 +106,7 @@ def _kernel_section(config: DictConfig, source: Path) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from ..compat.errors import BadInput
+    from ..errors import BadInput
 
     try:
         section = OmegaConf.select(config, "kernel")

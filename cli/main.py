@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from . import accelerate, bench, convert, doctor, explain, sample, train, tune, verify
+from . import accelerate, bench, convert, explain, sample, train, tune, verify
+from .doctor import command as doctor
 
 HELP = """Fast attention kernels for protein models, with the numbers of the model's own code.
 

@@ -117,7 +117,7 @@ def _what_had_no_room(error: Exception) -> str | None:
     if "torch" not in sys.modules:  # it would take a second to load
         found = isinstance(error, MemoryError)
     else:
-        from ..kernels.machine import is_out_of_memory
+        from ..kernels.hardware.machine import is_out_of_memory
 
         found = is_out_of_memory(error)
     if not found:

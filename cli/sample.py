@@ -15,8 +15,8 @@ from .reporting import print_json, reported, stopped_by_sigterm
 
 if TYPE_CHECKING:
     from ..compat.multiflow.model import FlowModel
-    from ..compat.multiflow.sampling import SamplingRun
-    from ..compat.multiflow.worker import Worker
+    from ..compat.multiflow.runs.rank import Worker
+    from ..compat.multiflow.runs.sampling import SamplingRun
 
 NAME = "sample"
 SUMMARY = "Sample proteins from a Multiflow checkpoint."
@@ -113,9 +113,9 @@ def run(
 
     resolve_kernel(command_line=kernel or ())
 
-    from ..compat.multiflow.loading import load
-    from ..compat.multiflow.sampling import run_sampling
-    from ..compat.multiflow.worker import Worker
+    from ..compat.multiflow.checkpoint.loading import load
+    from ..compat.multiflow.runs.rank import Worker
+    from ..compat.multiflow.runs.sampling import run_sampling
     from ..kernels.registry import record_kernels
 
     worker = Worker.from_environment()
@@ -186,8 +186,8 @@ def _device(asked: str | None, worker: Worker) -> str:
 
 def _check_lengths(model: FlowModel, lengths: list[int], pdb: list[Path] | None, chains: list[str] | None) -> None:
     """Refuse what the model's position table cannot hold, before anything is written."""
-    from ..compat.errors import BadInput
-    from ..compat.multiflow.structures import read_structure
+    from ..compat.multiflow.structures.reading import read_structure
+    from ..errors import BadInput
 
     longest = model.model_config.node_features.max_num_res
     wanted = {f"--length {length}": length for length in lengths}

@@ -134,7 +134,7 @@ def _check_paths(
     Raises:
         BadInput: The first of them.
     """
-    from ..compat.errors import BadInput
+    from ..errors import BadInput
 
     if not config.is_file():
         raise BadInput(f"{config}: there is no such file", "name the training config, a YAML file.")

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import torch
 
     from ..configs.kernel import KernelConfig
-    from ..kernels.requests import Kernel, Reason
-    from ..kernels.tuning import Tuned
+    from ..kernels.registry.types import Kernel, Reason
+    from ..kernels.testing.tile_tuning import Tuned
 
 NAME = "tune"
 SUMMARY = "Find the fastest tiles of the Triton kernels on this GPU."
@@ -158,8 +158,8 @@ def _operations(names: list[str]) -> list[str]:
 def _subjects(model: Path | None, names: list[str], kernel: list[str] | None) -> tuple[list[Subject], KernelConfig]:
     """The operations of a model, or published ones, at their sizes; and the configuration that may require kernels."""
     from ..configs.resolve import resolve_kernel
-    from ..kernels.binding import users_of
-    from ..kernels.examples.builders import SIZES, has_example
+    from ..kernels.registry.binding import users_of
+    from ..kernels.testing.cases.builders import SIZES, has_example
 
     if model is None:
         config = resolve_kernel(command_line=kernel or ()).config
@@ -196,13 +196,13 @@ def _jobs(
 
 def _has_tiles(kernel: Kernel) -> bool:
     """Whether it is written in Triton: only such kernels ask the cache."""
-    from ..kernels.requirement import parse
+    from ..kernels.hardware.requirements import parse
 
     return any(parse(need).name == "triton" for need in kernel.needs)
 
 
 def _without_tiles(kernel: Kernel) -> Reason:
-    from ..kernels.requests import Reason
+    from ..kernels.registry.types import Reason
 
     return Reason(f"the kernel {kernel.name!r} has no tiles of ours to choose from")
 
@@ -210,9 +210,9 @@ def _without_tiles(kernel: Kernel) -> Reason:
 def _request(subject: Subject, precision: str, device: str, backward: bool) -> Any:
     import torch
 
-    from ..kernels.examples.builders import make
-    from ..kernels.machine import capability
-    from ..kernels.requests import Dims, Request
+    from ..kernels.hardware.machine import capability
+    from ..kernels.registry.types import Dims, Request
+    from ..kernels.testing.cases.builders import make
 
     kind, _, index = device.partition(":")
     case = make(subject.operation, 2, sizes=_sizes(subject), **_features(subject))
@@ -266,8 +266,8 @@ def _tune(
 ) -> Iterator[Tuned]:
     import torch
 
-    from ..kernels.examples.builders import make
-    from ..kernels.tuning import tune
+    from ..kernels.testing.cases.builders import make
+    from ..kernels.testing.tile_tuning import tune
 
     dtype: torch.dtype = getattr(torch, PRECISIONS[precision])
     with _progress() as tell:
@@ -302,7 +302,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
 
 def _folder() -> Path:
-    from ..kernels import tile_cache
+    from ..kernels.triton_tools import tile_cache
 
     return tile_cache.tiles_folder()
 
@@ -347,7 +347,7 @@ def _report(tuned: list[tuple[str, Tuned]], skipped: list[dict[str, Any]], devic
 
 def _kept(operations: list[str], forget: bool, json: bool) -> None:
     """List what is kept, or forget it."""
-    from ..kernels import tile_cache
+    from ..kernels.triton_tools import tile_cache
 
     chosen = _operations(operations)
     if forget:

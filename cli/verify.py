@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..compat.multiflow.preset_comparison import PresetRow
-    from ..kernels.verification import Row, Subject
+    from ..kernels.testing.verification import Row, Subject
 
 NAME = "verify"
 SUMMARY = "Every kernel's numbers, on your model's sizes."
@@ -130,9 +130,9 @@ def examine(
         checkpoint: Whose whole model to run under each preset; None leaves that out.
     """
     from .. import __version__
-    from ..compat.multiflow.progress import progress_bar
-    from ..kernels.machine import describe
-    from ..kernels.verification import plan, verify
+    from ..compat.files.progress import progress_bar
+    from ..kernels.hardware.machine import describe
+    from ..kernels.testing.verification import plan, verify
 
     chosen = [subject for subject in subjects if not operations or subject.operation in operations]
     items, rows = plan(chosen, device=device, length=length, precisions=precisions, kernels=kernels, seed=seed)
@@ -218,8 +218,8 @@ def _preset_line(row: dict[str, Any]) -> str:
 
 def _subjects(model: str | None, device: str) -> tuple[list[Subject], Path | None]:
     """The operations with their sizes, and the checkpoint where there is one with weights."""
-    from ..kernels.binding import users_of
-    from ..kernels.verification import published_subjects, subjects_of
+    from ..kernels.registry.binding import users_of
+    from ..kernels.testing.verification import published_subjects, subjects_of
 
     if model is None:
         return published_subjects(), None
@@ -238,9 +238,9 @@ def _subjects(model: str | None, device: str) -> tuple[list[Subject], Path | Non
 def _made(address: str) -> nn.Module:
     """A user's own model: what it binds itself, or else what `accelerate` would replace in it."""
     from ..compat.accelerate import accelerate
-    from ..compat.errors import BadInput
-    from ..kernels.binding import users_of
-    from .accelerate import make
+    from ..compat.accelerate.user_model import make
+    from ..errors import BadInput
+    from ..kernels.registry.binding import users_of
 
     found = make(address)
     if not users_of(found):
@@ -252,9 +252,9 @@ def _made(address: str) -> nn.Module:
 
 
 def _presets(checkpoint: Path, device: str, length: int, seed: int) -> list[PresetRow]:
-    from ..compat.multiflow.loading import load
+    from ..compat.files.progress import progress_bar
+    from ..compat.multiflow.checkpoint.loading import load
     from ..compat.multiflow.preset_comparison import compare_presets
-    from ..compat.multiflow.progress import progress_bar
     from ..configs.presets import PRESETS
 
     model = load(checkpoint, "reference", device)
@@ -284,13 +284,13 @@ def _kernel_names() -> list[str]:
 
 
 def _precisions() -> list[str]:
-    from ..kernels.verification import PRECISIONS
+    from ..kernels.testing.verification import PRECISIONS
 
     return list(PRECISIONS)
 
 
 def _imported(module: str) -> None:
-    from ..compat.errors import BadInput
+    from ..errors import BadInput
 
     try:
         import_module(module)

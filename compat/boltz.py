@@ -11,7 +11,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from .errors import BadInput
+from ..errors import BadInput
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +53,8 @@ def read_checkpoint(path: str | Path) -> BoltzCheckpoint:
     path = Path(path).expanduser()
     if path.suffix == ".safetensors":
         return BoltzCheckpoint(_read_safetensors(path), source=str(path))
-    from .plain_data import plain
-    from .torch_archive import read_torch_file
+    from .checkpoints.plain_data import plain
+    from .checkpoints.torch_file import read_torch_file
 
     content = read_torch_file(path)
     if not isinstance(content, Mapping):
@@ -98,9 +98,9 @@ def load_pairformer(
     """
     import torch
 
-    from ..kernels.binding import bind
+    from ..kernels.registry.binding import bind
     from ..modules.pairformer import PairformerModule, PairformerNoSeqModule
-    from .multiflow.checkpoint import fit_report
+    from .multiflow.checkpoint.files import fit_report
 
     if isinstance(checkpoint, (str, Path)):
         checkpoint = read_checkpoint(checkpoint)

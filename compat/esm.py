@@ -12,7 +12,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from .errors import BadInput
+from ..errors import BadInput
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ def load(
     """
     import torch
 
-    from ..kernels.binding import bind
+    from ..kernels.registry.binding import bind
 
     model = _built(path, contacts)
     try:
@@ -217,7 +217,7 @@ def _content(path: Path) -> Any:
         from .boltz import _read_safetensors
 
         return _read_safetensors(path)
-    from .torch_archive import read_torch_file
+    from .checkpoints.torch_file import read_torch_file
 
     return read_torch_file(path)
 
@@ -252,7 +252,7 @@ def _missing(path: Path) -> BadInput:
 
 def _settings(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     """The model's settings out of a checkpoint's argparse.Namespace, which was read as inert data."""
-    from .plain_data import plain
+    from .checkpoints.plain_data import plain
 
     try:
         outer = plain(content.get("cfg", content.get("args")))
@@ -368,7 +368,7 @@ def _complete(weights: dict[str, Tensor], model: ESM2) -> None:
 def _check(weights: Mapping[str, Tensor], model: ESM2, source: str) -> None:
     import torch
 
-    from .multiflow.checkpoint import fit_report
+    from .multiflow.checkpoint.files import fit_report
 
     wanted = model.state_dict()
     report = fit_report(wanted, weights)

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..kernels.binding import BindReport, bind
-from ..kernels.embeddings import sinusoids, time_sinusoids
+from ..errors import BadInput
+from ..kernels.common.sinusoidal import sinusoids, time_sinusoids
+from ..kernels.registry.binding import BindReport, bind
 from ..modules.angle_resnet import AngleResnet
 from ..modules.masks import boolean
 from ..modules.rigid import Rigid
-from .errors import BadInput
 from .flash_ipa.edge_embedder import EdgeEmbedder, EdgeEmbedderConfig
 from .flash_ipa.ipa import IPAConfig
 from .flash_ipa.model import check_model_config, run_trunk, trunk_of
 from .flash_ipa.utils import ANG_TO_NM_SCALE, NM_TO_ANG_SCALE
 
 if TYPE_CHECKING:
-    from .multiflow.checkpoint import Checkpoint
+    from .multiflow.checkpoint.files import Checkpoint
 
 _POSITIONS = 2056
 _TORSIONS = 8
@@ -199,7 +199,7 @@ def load(
         BadInput: The checkpoint cannot be read, or its weights do not fit its config.
         KernelUnavailable: A required kernel cannot run here.
     """
-    from .multiflow.checkpoint import fit_report, read_checkpoint
+    from .multiflow.checkpoint.files import fit_report, read_checkpoint
 
     checkpoint = read_checkpoint(path)
     config = _config_of(checkpoint)

@@ -8,13 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..errors import ConfigError
 from .kernel import KernelConfig, expand
 
 ENVIRONMENT_VARIABLE = "FOLDKERNELS_KERNEL"
 
-
-class ConfigError(ValueError):
-    """A `kernel` setting that cannot be read; the message says which, where it stands, and what would do."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def _benchmark() -> ModuleType:
     root = DOCS.parent
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
-    return importlib.import_module("benchmarks.accelerate_cpu")
+    return importlib.import_module("benchmarks.studies.accelerate_cpu")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from foldkernels.cli.environment import OURS
-from foldkernels.compat.multiflow.configuration import InterpolantConfig, ModelConfig
+from foldkernels.cli.doctor.environment_variables import OURS
+from foldkernels.compat.multiflow.config.sections import InterpolantConfig, ModelConfig
 from foldkernels.configs.data import DataConfig
 from foldkernels.configs.kernel import KernelConfig
 from foldkernels.configs.options import FoldkernelsConfig

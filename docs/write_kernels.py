@@ -19,7 +19,7 @@ import torch
 
 from foldkernels.configs.presets import DEVICES, OPERATIONS, PRESETS
 from foldkernels.kernels import registry
-from foldkernels.kernels.requests import Dims, Kernel, Operation, Request
+from foldkernels.kernels.registry.types import Dims, Kernel, Operation, Request
 
 FOLDER = Path(__file__).parent / "kernels"
 INDEX = FOLDER / "index.md"

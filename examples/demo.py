@@ -70,7 +70,7 @@ def sample(out: Path, length: int, num: int, timesteps: int, device: str) -> tup
 
 def bonded(pdb: Path) -> float:
     """The part of neighbouring residues whose CA atoms are as far apart as a peptide bond has them."""
-    from foldkernels.compat.multiflow.structures import read_structure
+    from foldkernels.compat.multiflow.structures.reading import read_structure
 
     positions = read_structure(pdb).trans
     apart = (positions[1:] - positions[:-1]).norm(dim=-1)
@@ -83,8 +83,8 @@ def measure(length: int, pairs: int, threads: int) -> Speed | str:
 
     torch.set_num_threads(threads)
     sys.path.append(str(ROOT))  # the benchmarks are no part of the package
-    from benchmarks.measure import compare
-    from benchmarks.multiflow_cpu import Task, check, runner
+    from benchmarks.studies.multiflow_cpu import Task, check, runner
+    from benchmarks.studies.rows import compare
 
     task = Task("model", "forward", length, threads=threads)
     correct, words = check(task)
@@ -102,7 +102,7 @@ def draw(pdbs: Sequence[Path], speeds: Sequence[Speed], picture: Path) -> None:
     import torch
     from matplotlib import pyplot
 
-    from foldkernels.compat.multiflow.structures import read_structure
+    from foldkernels.compat.multiflow.structures.reading import read_structure
 
     rows, columns = len(pdbs), 3 if speeds else 2
     figure = pyplot.figure(figsize=(4.2 * columns, 3.8 * rows), layout="constrained")

@@ -7,8 +7,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from ..kernels.attention_pair_bias import PairProjection, attention_pair_bias, pair_bias
-from ..kernels.binding import Use
-from ..kernels.tensors import widest
+from ..kernels.dtypes import widest
+from ..kernels.registry.binding import Use
 from .kernel_module import KernelModule
 from .linear import Linear
 from .masks import boolean

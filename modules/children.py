@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_internals
 
+from ..kernels.dtypes import under_autocast
 from ..kernels.registry import KernelFallbackWarning
-from ..kernels.tensors import under_autocast
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple(getattr(module_internals, f"_global{name}") for name in _HOOKS)

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels.blocks import pairs_per_block, slices
+from ..kernels.common.blocking import pairs_per_block, slices
 from .children import ChildGuard, may_read
 from .linear import Linear
 from .masks import boolean

@@ -8,10 +8,10 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.common.nearest_neighbors import nearest_neighbours
+from ..kernels.common.sinusoidal import sinusoids
 from ..kernels.edge_features import MAX_RELATIVE_POSITION
 from ..kernels.edge_features.reference import bin_edges
-from ..kernels.embeddings import sinusoids
-from ..kernels.neighbours import nearest_neighbours
 from .children import ChildGuard, may_read
 from .edge_features import pair_perceptron
 from .masks import boolean

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from ..kernels.binding import Use
+from ..kernels.dtypes import floating_type, widest
 from ..kernels.edge_features import edge_features
 from ..kernels.edge_features.reference import pair_columns, position_waves, without_masked
-from ..kernels.tensors import floating_type, widest
+from ..kernels.registry.binding import Use
 from .kernel_module import KernelModule
 from .masks import boolean
 

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..kernels.binding import Use
+from ..kernels.dtypes import cast, floating_type
 from ..kernels.edge_transition import edge_transition
-from ..kernels.tensors import cast, floating_type
+from ..kernels.registry.binding import Use
 from .kernel_module import KernelModule
 from .linear import Linear
 from .masks import boolean

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.attention import attention, attention_maps
-from ..kernels.binding import Use
-from ..kernels.tensors import any_requires_grad, widest
+from ..kernels.dtypes import any_requires_grad, widest
+from ..kernels.registry.binding import Use
 from .children import ChildGuard, may_read
 from .esm_alphabet import Alphabet
 from .kernel_module import KernelModule

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..configs.options import Init
-from ..kernels.tensors import any_requires_grad, item_masks
+from ..kernels.dtypes import any_requires_grad, item_masks
 from .children import ChildGuard, may_read
 from .frozen_esm import FrozenESM, PairRows
 from .ipa_trunk import mask_pairs

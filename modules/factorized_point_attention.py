@@ -5,8 +5,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.binding import Use
 from ..kernels.factorized_point_attention import Lifting, factorized_point_attention
+from ..kernels.registry.binding import Use
 from .masks import boolean
 from .point_attention import PointAttention
 from .rigid import HasFrames, Rigid

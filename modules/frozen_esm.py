@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from ..kernels.attention import attention_maps
-from ..kernels.binding import Use, users_of
+from ..kernels.registry.binding import Use, users_of
 from .esm2 import ESM2
 from .esm_chains import RESIDUE_TYPES, ChainJoiner, ChainTokens
 from .kernel_module import KernelModule

@@ -7,8 +7,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.binding import Use
 from ..kernels.invariant_point_attention import invariant_point_attention
+from ..kernels.registry.binding import Use
 from .masks import boolean
 from .point_attention import PointAttention, assemble, project
 from .rigid import HasFrames, Rigid

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..kernels.binding import Use
+from ..kernels.registry.binding import Use
 from .children import ChildGuard, may_read
 
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from ..kernels.embeddings import sinusoids, time_sinusoids
+from ..kernels.common.sinusoidal import sinusoids, time_sinusoids
 
 #: Residue types that the embedding knows: 20 amino acids, and one more for unknown or masked.
 RESIDUE_TYPES = 21

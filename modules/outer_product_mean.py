@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from ..kernels.blocks import pairs_per_block, slices
+from ..kernels.common.blocking import pairs_per_block, slices
 from .linear import Linear
 from .masks import boolean
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..kernels.tensors import without_autocast
+from ..kernels.dtypes import without_autocast
 from .kernel_module import KernelModule
 from .linear import Linear
 from .rigid import Rigid

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.attention import attention
-from ..kernels.binding import Use
+from ..kernels.registry.binding import Use
 from .kernel_module import KernelModule
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.blocks import pairs_per_block, slices
+from ..kernels.common.blocking import pairs_per_block, slices
 from .linear import Linear
 
 _USUAL_WIDTH = 128  # what `pairs_per_block` reckons with

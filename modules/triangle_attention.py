@@ -3,7 +3,7 @@
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from ..kernels.binding import Use
+from ..kernels.registry.binding import Use
 from ..kernels.triangle_attention import triangle_attention
 from ..kernels.triangle_attention_update import Weights, triangle_attention_update
 from .kernel_module import KernelModule

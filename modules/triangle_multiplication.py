@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from ..kernels.binding import Use
-from ..kernels.tensors import cast, floating_type
+from ..kernels.dtypes import cast, floating_type
+from ..kernels.registry.binding import Use
 from ..kernels.triangle_multiplication import Direction, Weights, triangle_multiplication
 from ..kernels.triangle_multiplication.reference import TRIANGLES
 from .kernel_module import KernelModule

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...kernels.tensors import floating_type
+from ...kernels.dtypes import floating_type
 
 
 def layer_norm_type(norm: nn.LayerNorm, like: Tensor) -> torch.dtype:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from ...configs.resolve import resolve_kernel
-from ...kernels.binding import Bindable, BindReport, bind_modules, place_of
+from ...errors import VerificationFailed
 from ...kernels.registry import token
+from ...kernels.registry.binding import Bindable, BindReport, bind_modules, place_of
 from .adapters import adapters
 from .checks import is_ours, require_untouched
 from .misses import nearest_misses
@@ -24,9 +25,6 @@ _NEEDS_NOTHING = {
     nn.TransformerEncoderLayer: "PyTorch's own layer runs PyTorch's own fused attention",
 }
 
-
-class VerificationFailed(RuntimeError):
-    """A replaced module differs from its own forward by more than the tolerances; the message has the figures."""
 
 
 def accelerate(

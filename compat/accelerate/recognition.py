@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...kernels.binding import Use
+from ...kernels.registry.binding import Use
 
 #: A module-level function whose first argument is the module: it must be found by its name when a model is unpickled.
 Forward = Callable[..., Any]

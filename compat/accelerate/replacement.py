@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...kernels.binding import Use
+from ...kernels.registry.binding import Use
 from ...modules.children import ChildGuard, warn_of_change
 from .recognition import Forward, Recognised
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ...kernels.binding import BindReport
+from ...kernels.registry.binding import BindReport
 from .verification import Proof
 
 Status = Literal["replaced", "replaced before", "left alone", "needs nothing"]

@@ -8,12 +8,12 @@ from typing import Any
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from ...kernels.binding import Use
+from ...errors import BadInput
+from ...kernels.registry.binding import Use
 from ...modules.edge_factors import LinearFactorizer, embed_factors
 from ...modules.edge_features import READ, embed_pairs, pair_features_use, pair_perceptron
 from ...modules.kernel_module import KernelModule
 from ...modules.masks import boolean
-from ..errors import BadInput
 from .utils import check_mode
 
 _DENSE = ("orig_2d_bias", "flash_2d_factorize_bias")

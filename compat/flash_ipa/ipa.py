@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ...kernels.binding import Use
+from ...errors import BadInput
 from ...kernels.factorized_point_attention import Lifting
+from ...kernels.registry.binding import Use
 from ...modules.edge_factor_transition import edge_bias_layer, update_factors
 from ...modules.edge_transition import READ, TransitionLayers, check_two_layers, update_pairs
 from ...modules.factorized_point_attention import attend_over_factors, factor_attention_use
@@ -19,7 +20,6 @@ from ...modules.invariant_point_attention import attend_over_pairs, pair_attenti
 from ...modules.point_attention import PointAttention
 from ...modules.rigid import HasFrames, Rigid
 from ...modules.structure import BackboneUpdate, StructureModuleTransition
-from ..errors import BadInput
 
 __all__ = [
     "BackboneUpdate",

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ...errors import BadInput
 from ...modules import linear
-from ..errors import BadInput
 
 _OURS: dict[str, linear.Initialisation] = {"default": "default", "relu": "relu", "final": "final"}
 _MORE = ("glorot", "gating", "normal")

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import BadInput
 from ...modules.factor_trunk import FactorTrunk
 from ...modules.masks import boolean
 from ...modules.rigid import Rigid
 from ...modules.trunk import Trunk
-from ..errors import BadInput
 from .edge_embedder import EdgeEmbedder, EdgeEmbedderConfig
 from .ipa import IPAConfig, attention_dtype
 from .utils import ANG_TO_NM_SCALE, NM_TO_ANG_SCALE, check_config_ipa

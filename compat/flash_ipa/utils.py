@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from ...kernels.embeddings import sinusoids
-from ...kernels.neighbours import nearest_neighbours
+from ...errors import BadInput
+from ...kernels.common.nearest_neighbors import nearest_neighbours
+from ...kernels.common.sinusoidal import sinusoids
 from ...modules.edge_factors import distance_bins
-from ..errors import BadInput
 
 if TYPE_CHECKING:
     from .ipa import IPAConfig

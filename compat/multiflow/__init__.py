@@ -6,30 +6,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import read_checkpoint, write_safetensors
-    from .configuration import ModelConfig
-    from .interpolant import Interpolant
-    from .loading import load
+    from .checkpoint.files import read_checkpoint, write_safetensors
+    from .checkpoint.loading import load
+    from .config.sections import ModelConfig
+    from .flow.interpolant import Interpolant
     from .model import FlowModel
     from .patching import patch
-    from .sampling import run_sampling
+    from .runs.rank import Worker
+    from .runs.sampling import run_sampling
     from .training import corrupt_batch, losses, self_condition
-    from .worker import Worker
 
 # Loaded when asked for: reading a checkpoint needs none of what sampling needs.
 _HOMES = {
     "FlowModel": "model",
-    "Interpolant": "interpolant",
-    "ModelConfig": "configuration",
-    "Worker": "worker",
+    "Interpolant": "flow.interpolant",
+    "ModelConfig": "config.sections",
+    "Worker": "runs.rank",
     "corrupt_batch": "training",
-    "load": "loading",
+    "load": "checkpoint.loading",
     "losses": "training",
     "patch": "patching",
-    "read_checkpoint": "checkpoint",
-    "run_sampling": "sampling",
+    "read_checkpoint": "checkpoint.files",
+    "run_sampling": "runs.sampling",
     "self_condition": "training",
-    "write_safetensors": "checkpoint",
+    "write_safetensors": "checkpoint.files",
 }
 
 __all__ = [

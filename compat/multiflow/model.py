@@ -10,17 +10,17 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from ...configs.options import FoldkernelsConfig
-from ...kernels.binding import BindReport
+from ...errors import BadInput
 from ...kernels.registry import precision
+from ...kernels.registry.binding import BindReport
 from ...modules.edge_features import EdgeFeatureNet
 from ...modules.ipa_trunk import mask_pairs
 from ...modules.masks import boolean
 from ...modules.node_features import NodeFeatureNet
 from ...modules.rigid import Rigid
 from ...modules.trunk import Trunk
-from ..errors import BadInput
-from .configuration import ModelConfig, as_model_config
-from .extras import enrichment_of, esm_combiner_of, sequence_net_of
+from .config.sections import ModelConfig, as_model_config
+from .model_extras import enrichment_of, esm_combiner_of, sequence_net_of
 
 #: Residue types of Multiflow: 20 amino acids; the mask has the next number.
 NUM_TOKENS = 20

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ...configs.presets import PRESETS
-from ...kernels.binding import bind
 from ...kernels.registry import record_kernels
+from ...kernels.registry.binding import bind
 from .model import FlowModel
 
 #: A preset may be this many times as far from float64 as the definition is at the model's own precision: rounding grows

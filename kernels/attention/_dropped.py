@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..custom import no_double_backward
-from ..tensors import widest
+from ..common.double_backward import no_double_backward
+from ..dtypes import widest
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:

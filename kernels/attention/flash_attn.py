@@ -5,17 +5,17 @@ from types import ModuleType
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import flash_attn
-from ..flash_attn import NEEDS, attend
+from ..common import flash_attn_varlen
+from ..common.flash_attn_varlen import NEEDS, attend
 from ..registry import register
-from ..requests import KernelFunction, Reason, Request
+from ..registry.types import KernelFunction, Reason, Request
 
 library: ModuleType
 
 
 def supports(request: Request) -> list[Reason]:
     """Every reason against `request`."""
-    reasons = flash_attn.against(request, request.dims["d"])
+    reasons = flash_attn_varlen.against(request, request.dims["d"])
     if "maps" in request.options:
         reasons.append(
             Reason(
@@ -42,7 +42,7 @@ def run(
 
 def load() -> KernelFunction:
     global library
-    library = flash_attn.library()
+    library = flash_attn_varlen.library()
     return run
 
 

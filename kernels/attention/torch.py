@@ -4,11 +4,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..custom import fused_by_pytorch
-from ..products import dot_product_attention
+from ..common.double_backward import fused_by_pytorch
+from ..common.matmul import dot_product_attention
+from ..dtypes import any_requires_grad, widest
 from ..registry import register
-from ..requests import KernelFunction, serves_everything
-from ..tensors import any_requires_grad, widest
+from ..registry.types import KernelFunction, serves_everything
 from ._dropped import attention_dropped
 
 #: Weights in one piece up to this many, on a CPU; larger ones head by head, so that what stands beside them is small.

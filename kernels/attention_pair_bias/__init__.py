@@ -7,10 +7,10 @@ AttentionPairBias. What comes before (LayerNorm, projections of q, k, v) and aft
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..pair_projection import PairProjection, pair_bias
+from ..common.pair_projection import PairProjection, pair_bias
+from ..dtypes import any_requires_grad, cast, floating_type, require_one_device, without_autocast
 from ..registry import function_for, register_operation
-from ..requests import Operation
-from ..tensors import any_requires_grad, cast, floating_type, require_one_device, without_autocast
+from ..registry.types import Operation
 
 __all__ = ["OPERATION", "PairProjection", "attention_pair_bias", "pair_bias"]
 

@@ -10,11 +10,11 @@ from types import ModuleType
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..cuequivariance import ATTENTION_THRESHOLDS, NEEDS, against_attention
-from ..machine import imported
-from ..pair_projection import PairProjection, project
+from ..common.cuequivariance_limits import ATTENTION_THRESHOLDS, NEEDS, against_attention
+from ..common.pair_projection import PairProjection, project
+from ..hardware.machine import imported
 from ..registry import register
-from ..requests import KernelFunction, Reason, Request
+from ..registry.types import KernelFunction, Reason, Request
 from ..triangle_attention.cuequivariance import attend
 
 library: ModuleType

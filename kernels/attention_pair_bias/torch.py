@@ -3,9 +3,9 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..pair_projection import PairProjection, project
+from ..common.pair_projection import PairProjection, project
 from ..registry import register
-from ..requests import KernelFunction, serves_everything
+from ..registry.types import KernelFunction, serves_everything
 from ._streamed import attention_pair_bias_streamed
 
 

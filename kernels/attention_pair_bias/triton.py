@@ -3,10 +3,10 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .._biased_attention_tiles import reasons_against
-from ..pair_projection import PairProjection, project
+from ..biased_attention._tiles import reasons_against
+from ..common.pair_projection import PairProjection, project
 from ..registry import register
-from ..requests import KernelFunction
+from ..registry.types import KernelFunction
 
 
 def run(
@@ -18,7 +18,7 @@ def run(
     projection: PairProjection | None = None,
 ) -> Float[Tensor, "s n h d"]:
     """Project the bias, then attend: the sequences that share a bias are its rows."""
-    from ._triton import attention_pair_bias_triton
+    from ._launch import attention_pair_bias_triton
 
     bias = project(pairs, projection)
     b = bias.shape[0]
@@ -29,7 +29,7 @@ def run(
 
 
 def load() -> KernelFunction:
-    from . import _triton  # noqa: F401 - here, so that a Triton that cannot be imported is found while choosing
+    from . import _launch  # noqa: F401 - here, so that a Triton that cannot be imported is found while choosing
 
     return run
 

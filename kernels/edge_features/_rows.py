@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..blocks import Scratch, block_dtype, norm_dtype
-from ..embeddings import sinusoids
-from ..products import accumulate_
-from ..rows import layer_norm_rows, layer_norm_rows_backward, relu_, relu_backward_
+from ..common.blocking import Scratch, block_dtype, norm_dtype
+from ..common.matmul import accumulate_
+from ..common.pair_blocks import layer_norm_rows, layer_norm_rows_backward, relu_, relu_backward_
+from ..common.sinusoidal import sinusoids
 from . import MAX_RELATIVE_POSITION
 from .reference import bin_edges
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..blocks import Scratch, block_dtype, row_blocks
-from ..custom import no_double_backward
-from ..rows import zeros_like_wide
-from ..tensors import TensorList, item_masks
+from ..common.blocking import Scratch, block_dtype, row_blocks
+from ..common.double_backward import no_double_backward
+from ..common.pair_blocks import zeros_like_wide
+from ..dtypes import TensorList, item_masks
 from ._rows import Geometry, Split, backward_rows, forward_rows, prepare
 
 

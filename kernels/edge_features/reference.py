@@ -5,10 +5,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..embeddings import sinusoids
+from ..common.sinusoidal import sinusoids
+from ..dtypes import widest
 from ..registry import register
-from ..requests import KernelFunction, serves_everything
-from ..tensors import widest
+from ..registry.types import KernelFunction, serves_everything
 from . import MAX_BIN_ANGSTROM, MAX_RELATIVE_POSITION, MIN_BIN_ANGSTROM
 
 

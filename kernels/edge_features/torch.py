@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..dtypes import widest
 from ..registry import register
-from ..requests import KernelFunction, serves_everything
-from ..tensors import widest
+from ..registry.types import KernelFunction, serves_everything
 from ._rows import split
 from ._streamed import edge_features_streamed
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..custom import no_double_backward
+from ..common.double_backward import no_double_backward
 
 
 def differentiate(operator: Any, backward: Any, *, kernel: str) -> None:

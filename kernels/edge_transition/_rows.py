@@ -10,10 +10,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..blocks import Scratch, block_dtype, norm_dtype
-from ..products import accumulate_
-from ..rows import add_rows, layer_norm_rows, layer_norm_rows_backward, relu_, relu_backward_, zeros_like_wide
-from ..tensors import widest
+from ..common.blocking import Scratch, block_dtype, norm_dtype
+from ..common.matmul import accumulate_
+from ..common.pair_blocks import (
+    add_rows,
+    layer_norm_rows,
+    layer_norm_rows_backward,
+    relu_,
+    relu_backward_,
+    zeros_like_wide,
+)
+from ..dtypes import widest
 
 
 class Split(NamedTuple):

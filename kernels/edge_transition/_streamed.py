@@ -7,8 +7,8 @@ backward computes the hidden layers again instead of keeping them.
 import torch
 from torch import Tensor
 
-from ..blocks import Scratch, block_dtype, row_blocks
-from ..tensors import TensorList, item_masks
+from ..common.blocking import Scratch, block_dtype, row_blocks
+from ..dtypes import TensorList, item_masks
 from ._autograd import differentiate
 from ._rows import Split, backward_rows, forward_rows, hidden_rows, prepare, zero_gradients
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..chips import reasons_against_chip, reasons_against_type
-from ..requests import Reason, Request
-from ..tilings import with_halves
+from ..registry.types import Reason, Request
+from ..triton_tools.gpu_limits import reasons_against_chip, reasons_against_type
+from ..triton_tools.tile_candidates import with_halves
 
 
 class Tile(NamedTuple):

@@ -1,224 +1,210 @@
-"""The edge transition's Triton kernels, as custom operators: launches, memory, autograd. Imported by `load` only."""
+"""The edge transition in Triton: each program updates a tile of pairs, and no hidden layer reaches memory.
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, TypeVar
+The first and the last layer are split as in `_rows.py`, so that what depends on one residue is added from [n, c]. Per
+pair remain the products with the pair's own share and with the second layer: the first hidden layer of a tile is held
+in registers, in parts of 64 columns, and the second is made and used up some columns at a time.
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
-from triton.runtime.errors import OutOfResources
+A program holds a rectangle of pairs, so that few residues' shares serve all of them. Offsets into pair tensors are 64
+bits wide; those into [n, c], and into the hidden layers of a block of rows, are not.
 
-from .. import _triton_common, machine
-from .._triton_common import INTERPRETED
-from ..blocks import row_blocks
-from ..products import accumulate_
-from ..tensors import TensorList
-from ..tile_cache import TileCache, length_class, source_of
-from . import _kernels
-from ._autograd import differentiate
-from ._kernels import KERNELS
-from ._rows import Split
-from ._tiles import Tile, tiles_for, widths
+For the backward pass `tile_kernel` runs again and keeps both hidden layers of a block of rows, and `gradients_kernel`
+goes back through them. It has the same shape: where one adds residues' shares and clamps, the other sets to zero where
+the clamp was. The gradients of the weights are sums over all pairs, which are left to cuBLAS. Each kernel is the only
+writer of what it writes, in a fixed order: every run gives the same bits.
+"""
 
-_CHIP_OF_THE_INTERPRETER = (8, 0)
-_TILES = TileCache("edge_transition", source_of(_kernels, _triton_common), OutOfResources)
-Result = TypeVar("Result")
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ..triton_tools._language import dot
 
 
-def _inner_contiguous(x: Tensor) -> Tensor:
-    """The tensor itself, or a copy where its last axis is spread out: a pair is then read in vectors."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+@triton.jit
+def rectangle(program, first, n, last, I: tl.constexpr, J: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: E741
+    """Rows, columns and existence of a program's pairs; rows run from `first` to `last`."""
+    columns = tl.cdiv(n, J)
+    pair = tl.arange(0, I * J)
+    i = first + (program // columns) * I + pair // J
+    j = (program % columns) * J + pair % J
+    return i, j, (i < last) & (j < n)
 
 
-class _Call:
-    """What all launches of one call have in common."""
-
-    def __init__(self, z: Tensor, parts: list[Tensor], mask: Tensor | None, eps: float) -> None:
-        split = Split(*parts)
-        self.z, self.eps = _inner_contiguous(z), eps
-        self.b, self.n, _, self.cz = z.shape
-        self.hidden, self.c_out = split.weight_2.shape[0], split.weight_out.shape[0]
-        self.wide = widths(self.cz, (self.hidden - self.cz) // 2, self.c_out)
-        chip = machine.capability("cuda", z.device.index) if z.is_cuda else None
-        self.capability = chip or _CHIP_OF_THE_INTERPRETER
-        self.masked = mask is not None
-        self.mask = z.new_zeros(self.b, 1) if mask is None else mask.float()
-        hidden, out = self.wide.hidden, self.wide.out
-        # Residues' shares, biases and LayerNorm are added in float32; what is multiplied has z's type.
-        self.first_i, self.first_j = (self._wide(x, hidden) for x in (split.first_i, split.first_j))
-        self.last_i, self.last_j = (self._wide(x, out) for x in (split.last_i, split.last_j))
-        self.bias_2 = self._wide(split.bias_2, hidden)
-        self.norm_weight, self.norm_bias = (self._wide(x, out) for x in (split.norm_weight, split.norm_bias))
-        self.weight_1 = self._matrix(split.weight_1, hidden, self.wide.z)
-        self.weight_2 = self._matrix(split.weight_2, hidden, hidden)
-        self.weight_out = self._matrix(split.weight_out, out, hidden)
-        self.weight_skip = self._matrix(split.weight_skip, out, self.wide.z)
-
-    def _wide(self, x: Tensor, width: int) -> Tensor:
-        return pad(x.float(), (0, width - x.shape[-1])).contiguous()
-
-    def _matrix(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        return pad(x.to(self.z.dtype), (0, columns - x.shape[1], 0, rows - x.shape[0])).contiguous()
-
-    def tiled(self, kernel: str, rows: slice, run: Callable[[Tile], Result]) -> Result:
-        """Run a kernel over some rows in the tile that the chip runs it best in."""
-        words: dict[str, int | str] = {
-            "kernel": kernel, "dtype": str(self.z.dtype), "cz": self.cz, "hidden": self.hidden, "cz_out": self.c_out,
-            "rows": length_class(rows.stop - rows.start), "n": length_class(self.n),
-        }  # fmt: skip
-        return _TILES.run(words, tiles_for(self.capability, kernel), run, self.z.device)
-
-    def programs(self, tile: Tile, rows: slice) -> int:
-        """How many rectangles cover some rows."""
-        return -(-(rows.stop - rows.start) // tile.rows) * -(-self.n // tile.columns)
-
-    def launch(self, kernel: str, tile: Tile, rows: slice, *arguments: Any, **options: Any) -> None:
-        """Run a kernel over some rows, in a tile's size. The interpreter's CPU needs no guard."""
-        with torch.cuda.device(self.z.device) if self.z.is_cuda else nullcontext():
-            KERNELS[kernel][(self.programs(tile, rows),)](
-                *arguments,
-                CZ=self.cz,
-                Z=self.wide.z,
-                OUT=self.wide.out,
-                PART=self.wide.part,
-                PARTS=self.wide.parts,
-                I=tile.rows,
-                J=tile.columns,
-                BLOCK=min(tile.block, self.wide.part),
-                PRECISION="ieee",
-                INTERPRETED=INTERPRETED,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-                **options,
-            )
-
-    def update(
-        self,
-        kernel: str,
-        tile: Tile,
-        item: int,
-        rows: slice,
-        transposed: tuple[Tensor, Tensor, Tensor, Tensor],
-        out: Tensor,
-        d_out: Tensor,
-        kept: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    ) -> None:
-        """Run `tile_kernel` over some rows of an item."""
-        first, second, last, skip = transposed
-        z = self.z[item]
-        self.launch(
-            kernel, tile, rows,
-            z, self.mask[item], first, self.first_i[item], self.first_j[item], second, self.bias_2, last, skip,
-            self.last_i[item], self.last_j[item], self.norm_weight, self.norm_bias, out, d_out, *kept,
-            *z.stride()[:2], *out.stride()[:2], *d_out.stride()[:2], rows.start, rows.stop, self.n, self.eps,
-            C_OUT=self.c_out, MASKED=self.masked, BACKWARD=kernel == "hidden",
-        )  # fmt: skip
-
-    def forward(self, item: int, weights: tuple[Tensor, Tensor, Tensor, Tensor], out: Tensor) -> None:
-        """Update an item."""
-        rows, nothing = slice(0, self.n), (out,) * 5
-        self.tiled("forward", rows, lambda tile: self.update("forward", tile, item, rows, weights, out, out, nothing))
-
-    def hidden_layers(
-        self,
-        item: int,
-        rows: slice,
-        weights: tuple[Tensor, Tensor, Tensor, Tensor],
-        d_out: Tensor,
-        kept: tuple[Tensor, Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """Fill `kept`: both hidden layers, the last layer's gradient. Returns those of LayerNorm's scale and shift."""
-
-        def run(tile: Tile) -> Tensor:
-            sums = self.z.new_empty(2, self.programs(tile, rows), self.wide.out, dtype=torch.float32)
-            self.update("hidden", tile, item, rows, weights, d_out, d_out, (*kept, *sums))
-            return sums
-
-        scale, shift = self.tiled("hidden", rows, run).sum(1)
-        return scale, shift
-
-    def gradients(self, rows: slice, *arguments: Any) -> None:
-        """Run `gradients_kernel` over some rows."""
-        self.tiled("gradients", rows, lambda tile: self.launch("gradients", tile, rows, *arguments))
-
-    def transposed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The weights as the forward products take them."""
-        first, second, last, skip = (
-            weight.t().contiguous() for weight in (self.weight_1, self.weight_2, self.weight_out, self.weight_skip)
-        )
-        return first, second, last, skip
+@triton.jit
+def load_pairs(at, i, j, there, stride_i, stride_j, C: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile [pairs, WIDTH] of a pair tensor, zeros beyond."""
+    c = tl.arange(0, WIDTH)
+    inside = there[:, None]
+    if C != WIDTH:
+        inside = inside & (c[None, :] < C)
+    place = at + i[:, None].to(tl.int64) * stride_i + j[:, None].to(tl.int64) * stride_j + c[None, :]
+    return tl.load(place, mask=inside, other=0.0)
 
 
-@torch.library.custom_op("foldkernels::edge_transition_triton", mutates_args=())
-def edge_transition_triton(z: Tensor, parts: TensorList, mask: Tensor | None, eps: float) -> Tensor:
-    """Update z [b, n, n, cz]; `parts` are the fields of `Split`."""
-    call = _Call(z, parts, mask, eps)
-    out = z.new_empty(*z.shape[:3], call.c_out)
-    weights = call.transposed()
-    for item in range(call.b if call.n else 0):
-        call.forward(item, weights, out[item])
-    return out
+@triton.jit
+def store_pairs(at, tile, i, j, there, stride_i, stride_j, C: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write what `load_pairs` would read."""
+    c = tl.arange(0, WIDTH)
+    inside = there[:, None]
+    if C != WIDTH:
+        inside = inside & (c[None, :] < C)
+    place = at + i[:, None].to(tl.int64) * stride_i + j[:, None].to(tl.int64) * stride_j + c[None, :]
+    tl.store(place, tile.to(at.dtype.element_ty), mask=inside)
 
 
-@edge_transition_triton.register_fake
-def _(z, parts, mask, eps):  # type: ignore[no-untyped-def]
-    return z.new_empty(*z.shape[:3], Split(*parts).weight_out.shape[0])
+@triton.jit
+def shares(of_i, of_j, i, j, there, columns, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What both residues of each pair add to some columns; both are [n, WIDTH], in float32."""
+    inside = there[:, None]
+    rows = tl.load(of_i + i[:, None] * WIDTH + columns[None, :], mask=inside, other=0.0)
+    return rows + tl.load(of_j + j[:, None] * WIDTH + columns[None, :], mask=inside, other=0.0)
 
 
-@torch.library.custom_op("foldkernels::edge_transition_triton_backward", mutates_args=())
-def edge_transition_triton_backward(
-    d_out: Tensor, z: Tensor, parts: TensorList, mask: Tensor | None, eps: float
-) -> TensorList:
-    """The gradients of z and of each part, in this order; hidden layers are kept for one block of rows at a time."""
-    call = _Call(z, parts, mask, eps)
-    d_out, n, wide = _inner_contiguous(d_out), call.n, call.wide
-    dz = torch.empty_like(z, memory_format=torch.contiguous_format)
-
-    def sums(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float32, device=z.device)
-
-    b, hidden, last = call.b, wide.hidden, wide.out
-    found = Split(
-        sums(b, n, hidden), sums(b, n, hidden), sums(b, n, last), sums(b, n, last),
-        sums(hidden, call.cz), sums(hidden, hidden), sums(hidden),
-        sums(last, hidden), sums(last, call.cz), sums(last), sums(last),
-    )  # fmt: skip
-    weights = call.transposed()
-    for item, rows in row_blocks(z):
-        pairs = (rows.stop - rows.start) * n
-        h_first, h_second, d_first, d_second = z.new_empty(4, pairs, wide.hidden).unbind()
-        d_last = z.new_empty(pairs, wide.out)
-        d_scale, d_shift = call.hidden_layers(item, rows, weights, d_out[item], (h_first, h_second, d_last))
-        call.gradients(
-            rows,
-            d_last, h_first, h_second, call.weight_out, call.weight_2, call.weight_1, call.weight_skip,
-            d_first, d_second, dz[item], *dz.stride()[1:3], rows.start, rows.stop, n,
-        )  # fmt: skip
-        z_pairs = call.z[item, rows].reshape(pairs, call.cz)
-        found.norm_weight.add_(d_scale)
-        found.norm_bias.add_(d_shift)
-        found.bias_2.add_(d_second.sum(0, dtype=torch.float32))
-        accumulate_(found.weight_out, d_last.t(), h_second)
-        accumulate_(found.weight_skip, d_last.t(), z_pairs)
-        accumulate_(found.weight_2, d_second.t(), h_first)
-        accumulate_(found.weight_1, d_first.t(), z_pairs)
-        for given, of_i, of_j in ((d_first, found.first_i, found.first_j), (d_last, found.last_i, found.last_j)):
-            by_pair = given.view(-1, n, given.shape[-1])
-            of_i[item, rows] = by_pair.sum(1, dtype=torch.float32)
-            of_j[item].add_(by_pair.sum(0, dtype=torch.float32))
-    # What was padded for the kernels is left out again.
-    gradients = (
-        gradient[tuple(slice(size) for size in part.shape)].to(part.dtype)
-        for gradient, part in zip(found, parts, strict=True)
-    )
-    return [dz, *(gradient.contiguous() for gradient in gradients)]
+@triton.jit
+def weights(at, rows, columns, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A block of a matrix whose rows are WIDTH long; matrices are padded, so that every block is whole."""
+    return tl.load(at + rows[:, None] * WIDTH + columns[None, :])
 
 
-@edge_transition_triton_backward.register_fake
-def _(d_out, z, parts, mask, eps):  # type: ignore[no-untyped-def]
-    like = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts]
-    return [torch.empty_like(z, memory_format=torch.contiguous_format), *like]
+@triton.jit
+def first_part(  # type: ignore[no-untyped-def]
+    z_tile, w_first, first_i, first_j, i, j, there, K: tl.constexpr,
+    Z: tl.constexpr, PART: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The K-th part of the first hidden layer."""
+    columns = K * PART + tl.arange(0, PART)
+    sums = shares(first_i, first_j, i, j, there, columns, HIDDEN)
+    sums = dot(z_tile, weights(w_first, tl.arange(0, Z), columns, HIDDEN), sums, PRECISION, INTERPRETED)
+    return tl.maximum(sums, 0.0).to(z_tile.dtype)
 
 
-differentiate(edge_transition_triton, edge_transition_triton_backward, kernel="triton")
+@triton.jit
+def keep(at, tile, pair, there, columns, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write some columns of a hidden layer, or of its gradient."""
+    place = at + pair[:, None] * WIDTH + columns[None, :]
+    tl.store(place, tile, mask=there[:, None])
+
+
+@triton.jit
+def tile_kernel(  # type: ignore[no-untyped-def]
+    z, there_, w_first, first_i, first_j, w_second, b_second, w_out, w_skip, last_i, last_j, norm_weight, norm_bias,
+    out, d_out, h_first, h_second, d_last, d_norm_weight, d_norm_bias,
+    z_i, z_j, out_i, out_j, d_out_i, d_out_j, first, last, n, eps,
+    CZ: tl.constexpr, C_OUT: tl.constexpr, Z: tl.constexpr, OUT: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
+    I: tl.constexpr, J: tl.constexpr, BLOCK: tl.constexpr,  # noqa: E741
+    MASKED: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Update a rectangle of pairs; or, for the backward pass, keep its hidden layers and the last layer's gradient.
+
+    z and out are of one batch item. Weights lie as the products take them, [in, out], padded with zeros: z's share of
+    the first layer [Z, HIDDEN], the second [HIDDEN, HIDDEN], the last [HIDDEN, OUT] and z's share of it [Z, OUT].
+    """
+    HIDDEN: tl.constexpr = PART * PARTS
+    program = tl.program_id(0)
+    i, j, there = rectangle(program, first, n, last, I, J)
+    pair = (i - first) * n + j
+    z_tile = load_pairs(z, i, j, there, z_i, z_j, CZ, Z)
+    of_part, of_out = tl.arange(0, PART), tl.arange(0, OUT)
+    parts = ()
+    for k in tl.static_range(PARTS):
+        part = first_part(z_tile, w_first, first_i, first_j, i, j, there, k, Z, PART, HIDDEN, PRECISION, INTERPRETED)
+        if BACKWARD:
+            keep(h_first, part, pair, there, k * PART + of_part, HIDDEN)
+        parts = parts + (part,)  # type: ignore[assignment] # noqa: RUF005 - Triton knows no unpacking
+    sums = tl.zeros([I * J, OUT], tl.float32)
+    for start in range(0, HIDDEN, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        h = tl.zeros([I * J, BLOCK], tl.float32)
+        for k in tl.static_range(PARTS):
+            h = dot(parts[k], weights(w_second, k * PART + of_part, columns, HIDDEN), h, PRECISION, INTERPRETED)
+        h = tl.maximum(h + tl.load(b_second + columns)[None, :], 0.0).to(z_tile.dtype)
+        if BACKWARD:
+            keep(h_second, h, pair, there, columns, HIDDEN)
+        sums = dot(h, weights(w_out, columns, of_out, OUT), sums, PRECISION, INTERPRETED)
+    sums = dot(z_tile, weights(w_skip, tl.arange(0, Z), of_out, OUT), sums, PRECISION, INTERPRETED)
+    sums += shares(last_i, last_j, i, j, there, of_out, OUT)
+
+    # LayerNorm over C_OUT columns; what lies beyond is zero, and left out of the second sum.
+    inside = there[:, None]
+    if C_OUT != OUT:
+        inside = inside & (of_out[None, :] < C_OUT)
+    centred = tl.where(inside, sums - (tl.sum(sums, 1) / C_OUT)[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C_OUT + eps)
+    normal = centred * inverse[:, None]
+    if MASKED:
+        takes_part = tl.load(there_ + i, mask=there, other=0.0) * tl.load(there_ + j, mask=there, other=0.0) > 0.0
+        inside = inside & takes_part[:, None]
+    scale = tl.load(norm_weight + of_out)[None, :]
+    if BACKWARD:
+        given = load_pairs(d_out, i, j, there, d_out_i, d_out_j, C_OUT, OUT).to(tl.float32)
+        given = tl.where(inside, given, 0.0)
+        normal = tl.where(inside, normal, 0.0)
+        place = program.to(tl.int64) * OUT + of_out
+        tl.store(d_norm_weight + place, tl.sum(given * normal, 0))
+        tl.store(d_norm_bias + place, tl.sum(given, 0))
+        given *= scale
+        along = tl.sum(given * normal, 1) / C_OUT
+        given -= (tl.sum(given, 1) / C_OUT)[:, None] + normal * along[:, None]
+        given = tl.where(inside, given * inverse[:, None], 0.0)
+        keep(d_last, given.to(z_tile.dtype), pair, there, of_out, OUT)
+    else:
+        found = tl.where(inside, normal * scale + tl.load(norm_bias + of_out)[None, :], 0.0)
+        store_pairs(out, found, i, j, there, out_i, out_j, C_OUT, OUT)
+
+
+@triton.jit
+def second_part(  # type: ignore[no-untyped-def]
+    d_tile, w_out, h_second, d_second, pair, there, K: tl.constexpr,
+    OUT: tl.constexpr, PART: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The K-th part of the second hidden layer's gradient, kept and given."""
+    columns = K * PART + tl.arange(0, PART)
+    place = pair[:, None] * HIDDEN + columns[None, :]
+    positive = tl.load(h_second + place, mask=there[:, None], other=0.0) > 0.0
+    found = dot(d_tile, weights(w_out, tl.arange(0, OUT), columns, HIDDEN),
+                tl.zeros([d_tile.shape[0], PART], tl.float32), PRECISION, INTERPRETED)  # fmt: skip
+    found = tl.where(positive, found, 0.0).to(d_tile.dtype)
+    tl.store(d_second + place, found, mask=there[:, None])
+    return found
+
+
+@triton.jit
+def gradients_kernel(  # type: ignore[no-untyped-def]
+    d_last, h_first, h_second, w_out, w_second, w_first, w_skip, d_first, d_second, d_z,
+    d_z_i, d_z_j, first, last, n,
+    CZ: tl.constexpr, Z: tl.constexpr, OUT: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
+    I: tl.constexpr, J: tl.constexpr, BLOCK: tl.constexpr,  # noqa: E741
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The gradients of both hidden layers and of z, for a rectangle of pairs.
+
+    Weights lie as PyTorch holds them, [out, in], which is what products with gradients take: the last layer
+    [OUT, HIDDEN], the second [HIDDEN, HIDDEN], z's share of the first [HIDDEN, Z] and of the last [OUT, Z].
+    """
+    HIDDEN: tl.constexpr = PART * PARTS
+    i, j, there = rectangle(tl.program_id(0), first, n, last, I, J)
+    pair = (i - first) * n + j
+    of_out, of_part, of_z = tl.arange(0, OUT), tl.arange(0, PART), tl.arange(0, Z)
+    d_tile = tl.load(d_last + pair[:, None] * OUT + of_out[None, :], mask=there[:, None], other=0.0)
+    parts = ()
+    for k in tl.static_range(PARTS):
+        part = second_part(d_tile, w_out, h_second, d_second, pair, there, k, OUT, PART, HIDDEN, PRECISION, INTERPRETED)
+        parts = parts + (part,)  # type: ignore[assignment] # noqa: RUF005 - Triton knows no unpacking
+    sums = tl.zeros([I * J, Z], tl.float32)
+    for start in range(0, HIDDEN, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        found = tl.zeros([I * J, BLOCK], tl.float32)
+        for k in tl.static_range(PARTS):
+            found = dot(parts[k], weights(w_second, k * PART + of_part, columns, HIDDEN), found, PRECISION, INTERPRETED)
+        place = pair[:, None] * HIDDEN + columns[None, :]
+        positive = tl.load(h_first + place, mask=there[:, None], other=0.0) > 0.0
+        found = tl.where(positive, found, 0.0).to(d_tile.dtype)
+        tl.store(d_first + place, found, mask=there[:, None])
+        sums = dot(found, weights(w_first, columns, of_z, Z), sums, PRECISION, INTERPRETED)
+    sums = dot(d_tile, weights(w_skip, of_out, of_z, Z), sums, PRECISION, INTERPRETED)
+    store_pairs(d_z, sums, i, j, there, d_z_i, d_z_j, CZ, Z)
+
+
+#: Kernel name -> kernel: one serves both the forward pass and the keeping of hidden layers.
+KERNELS: dict[str, Any] = {"forward": tile_kernel, "hidden": tile_kernel, "gradients": gradients_kernel}

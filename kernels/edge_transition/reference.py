@@ -5,9 +5,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..dtypes import widest
 from ..registry import register
-from ..requests import KernelFunction, serves_everything
-from ..tensors import widest
+from ..registry.types import KernelFunction, serves_everything
 
 
 def run(

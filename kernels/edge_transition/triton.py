@@ -4,7 +4,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..registry import register
-from ..requests import KernelFunction
+from ..registry.types import KernelFunction
 from ._rows import split_exactly
 from ._tiles import reasons_against
 
@@ -24,7 +24,7 @@ def run(
     eps: float = 1e-5,
 ) -> Float[Tensor, "b n n cz_out"]:
     """Split the weights, then update tile by tile."""
-    from ._triton import edge_transition_triton
+    from ._launch import edge_transition_triton
 
     weights = (weight_1, bias_1, weight_2, bias_2, weight_out, bias_out, norm_weight, norm_bias)
     out: Tensor = edge_transition_triton(z, split_exactly(nodes, z.shape[-1], *weights), mask, eps)
@@ -32,7 +32,7 @@ def run(
 
 
 def load() -> KernelFunction:
-    from . import _triton  # noqa: F401 - here, so that a Triton that cannot be imported is found while choosing
+    from . import _launch  # noqa: F401 - here, so that a Triton that cannot be imported is found while choosing
 
     return run
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..dtypes import any_requires_grad, floating_type, require_one_device, without_autocast
 from ..registry import common_kernel, function_for, register_operation
-from ..requests import Operation
-from ..tensors import any_requires_grad, floating_type, require_one_device, without_autocast
+from ..registry.types import Operation
 
 OPERATION = register_operation(
     Operation(

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from ..blocks import Scratch, attended_dtype, block_dtype, row_blocks
-from ..custom import no_double_backward
+from ..common.blocking import Scratch, attended_dtype, block_dtype, row_blocks
+from ..common.double_backward import no_double_backward
+from ..common.pair_blocks import layer_norm_rows
+from ..dtypes import TensorList, item_masks
 from ..edge_transition import _rows as edge
 from ..invariant_point_attention import _rows as ipa
-from ..rows import layer_norm_rows
-from ..tensors import TensorList, item_masks
 
 
 def _forward(

@@ -6,7 +6,7 @@ from torch import Tensor
 from ..edge_transition import reference as edge_transition
 from ..invariant_point_attention import reference as invariant_point_attention
 from ..registry import register
-from ..requests import KernelFunction, serves_everything
+from ..registry.types import KernelFunction, serves_everything
 from . import Attended
 
 

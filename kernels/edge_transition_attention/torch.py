@@ -3,12 +3,12 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..dtypes import widest
 from ..edge_transition._rows import split
 from ..invariant_point_attention._rows import lift
 from ..invariant_point_attention.torch import split_values
 from ..registry import register
-from ..requests import KernelFunction, Reason, Request
-from ..tensors import widest
+from ..registry.types import KernelFunction, Reason, Request
 from . import Attended
 from ._streamed import fused_streamed, fused_streamed_
 

@@ -13,9 +13,9 @@ import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..dtypes import any_requires_grad, cast, floating_type, in_use, require_one_device, without_autocast
 from ..registry import function_for, precision, register_operation
-from ..requests import Operation
-from ..tensors import any_requires_grad, cast, floating_type, in_use, require_one_device, without_autocast
+from ..registry.types import Operation
 
 OPERATION = register_operation(
     Operation(

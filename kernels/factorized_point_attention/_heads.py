@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..blocks import Scratch, pairs_per_block, slices
+from ..common.blocking import Scratch, pairs_per_block, slices
 from ._lifting import NEVER, query_width, value_width
 
 # On a CPU two megabytes a thread; half of it runs as fast, and so does the double.

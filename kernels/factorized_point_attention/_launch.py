@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from .. import _triton_common, machine
-from .._triton_common import INTERPRETED
-from ..custom import no_double_backward
-from ..tile_cache import TileCache, length_class, source_of
+from ..common.double_backward import no_double_backward
+from ..hardware import machine
+from ..triton_tools import _language
+from ..triton_tools._language import INTERPRETED
+from ..triton_tools.tile_cache import TileCache, length_class, source_of
 from . import _triton
 from ._tiles import Tile, chunks, tiles_for, width
 from ._triton import KERNELS
 
 _CHIP_OF_THE_INTERPRETER = (8, 0)
-_TILES = TileCache("factorized_point_attention", source_of(_triton, _triton_common), OutOfResources)
+_TILES = TileCache("factorized_point_attention", source_of(_triton, _language), OutOfResources)
 
 
 def _whole(x: Tensor) -> Tensor:

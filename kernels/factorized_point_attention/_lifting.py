@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..tensors import widest
+from ..dtypes import widest
 
 #: A logit that no key can win with. Finite, so that an item without keys stays finite until it is set to zero.
 NEVER = -1e30

@@ -7,9 +7,9 @@ computes the attention again instead of keeping it.
 import torch
 from torch import Tensor
 
-from ..blocks import Scratch
-from ..custom import no_double_backward
-from ..tensors import without_autocast
+from ..common.blocking import Scratch
+from ..common.double_backward import no_double_backward
+from ..dtypes import without_autocast
 from ._heads import Gradients, Heads, Inputs, head_groups
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .._triton_common import LOG2E, dot
+from ..triton_tools._language import LOG2E, dot
 
 
 @triton.jit

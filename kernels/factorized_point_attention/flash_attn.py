@@ -11,10 +11,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import flash_attn
-from ..flash_attn import MAX_HEAD, NEEDS, attend
+from ..common import flash_attn_varlen
+from ..common.flash_attn_varlen import MAX_HEAD, NEEDS, attend
 from ..registry import register
-from ..requests import KernelFunction, Reason, Request
+from ..registry.types import KernelFunction, Reason, Request
 from ._lifting import lift, query_width, split_values, value_width
 
 library: ModuleType
@@ -22,7 +22,7 @@ library: ModuleType
 
 def supports(request: Request) -> list[Reason]:
     """Every reason against `request`."""
-    reasons = flash_attn.against(request, 0)
+    reasons = flash_attn_varlen.against(request, 0)
     dims, precise = request.dims, "plain_lifting" not in request.options
     ranks = {name: dims["r"] if f"{name}_factors" in request.options else 0 for name in ("bias", "pair")}
     of_query = query_width(dims["c"], dims["p"], ranks["bias"], precise=precise, narrow=True)
@@ -65,7 +65,7 @@ def run(
 
 def load() -> KernelFunction:
     global library
-    library = flash_attn.library()
+    library = flash_attn_varlen.library()
     return run
 
 

@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..custom import fused_by_pytorch
-from ..products import dot_product_attention
+from ..common.double_backward import fused_by_pytorch
+from ..common.matmul import dot_product_attention
 from ..registry import register
-from ..requests import KernelFunction, serves_everything
+from ..registry.types import KernelFunction, serves_everything
 from ._lifting import centroid, lift, split_values, times_query_factor
 from ._streamed import factorized_streamed
 

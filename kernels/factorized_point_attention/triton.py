@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..registry import register
-from ..requests import KernelFunction
+from ..registry.types import KernelFunction
 from ._lifting import NEVER, centroid, times_query_factor
 from ._tiles import reasons_against
 

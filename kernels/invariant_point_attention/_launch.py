@@ -10,13 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from .. import _triton_common, machine
-from .._triton_common import INTERPRETED
-from ..custom import no_double_backward
-from ..tensors import without_autocast
-from ..tile_cache import TileCache, length_class, source_of
-from . import _launch_descriptors, _triton, _triton_descriptors
-from ._packing import LOG2E, power, up
+from ..common.double_backward import no_double_backward
+from ..dtypes import without_autocast
+from ..hardware import machine
+from ..triton_tools import _language
+from ..triton_tools._language import INTERPRETED
+from ..triton_tools.tile_cache import TileCache, length_class, source_of
+from . import _tma_launch, _tma_triton, _triton
+from ._operands import LOG2E, power, up
 from ._rows import NEVER
 from ._tiles import Plan, plans_for, width
 from ._triton import KERNELS
@@ -80,7 +81,7 @@ class Call:
         """Run a pass as the chip runs it best."""
         sizes = {"h": self.h, "cz": self.cz, "d": self.d - 1, "dv": self.dv, "points": self.points}
         plans = plans_for(self.capability, kernel, self.z.dtype, **sizes)
-        if not _launch_descriptors.describable(self.z):
+        if not _tma_launch.describable(self.z):
             plans = [plan for plan in plans if not plan.descriptors]
         words: dict[str, int | str] = {"kernel": kernel, "z": str(self.z.dtype), "precision": self.precision, **sizes}
         words |= {"b": length_class(self.b), "n": length_class(self.n)}
@@ -167,7 +168,7 @@ class Call:
 
 _FEWEST_BLOCKS = 4  # of keys in a part: fewer would not pay for adding the parts up
 _PROGRAMS = 384  # a few for each processor of the largest chips
-_TILES = TileCache("invariant_point_attention", source_of(_triton, _triton_descriptors, _triton_common), OutOfResources)
+_TILES = TileCache("invariant_point_attention", source_of(_triton, _tma_triton, _language), OutOfResources)
 
 
 def _outputs(q: Tensor, v: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,7 +195,7 @@ def _forward_as(plan: Plan, call: Call, bias_weight: Tensor) -> tuple[Tensor, Te
     lses = call.q.new_empty(parts, call.b, call.h, call.n)
     logits = outs = lses  # in the place of what is not there
     if plan.descriptors:
-        outs = _launch_descriptors.forward(call, plan, weight, pairs, lses)
+        outs = _tma_launch.forward(call, plan, weight, pairs, lses)
     else:
         operands = (lses,) * 5
         if plan.fused:

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..products import add_product_, product_in, write_product
-from ..tensors import widest
+from ..common.matmul import add_product_, product_in, write_product
+from ..dtypes import widest
 
 #: A logit that no key can win with. Finite, so that a row without any keys stays finite until it is set to zero.
 NEVER = -1e30

@@ -7,8 +7,8 @@ backward computes the attention again instead of keeping it: nothing of size n x
 import torch
 from torch import Tensor
 
-from ..blocks import attended_dtype, row_blocks
-from ..custom import no_double_backward
+from ..common.blocking import attended_dtype, row_blocks
+from ..common.double_backward import no_double_backward
 from ._rows import Backward, Forward
 
 

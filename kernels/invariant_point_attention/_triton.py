@@ -20,7 +20,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .._triton_common import LOG2E, dot
+from ..triton_tools._language import LOG2E, dot
 
 #: The pair bias's share of the logits: w_L = sqrt(1/3).
 SHARE = tl.constexpr(0.5773502691896258)

@@ -20,14 +20,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..blocks import block_dtype, row_blocks
-from ..cuequivariance import ATTENTION_THRESHOLDS, NEEDS, against_attention, check_backward
+from ..common.blocking import block_dtype, row_blocks
+from ..common.cuequivariance_limits import ATTENTION_THRESHOLDS, NEEDS, against_attention, check_backward
+from ..common.matmul import add_product_
+from ..dtypes import any_requires_grad
 from ..factorized_point_attention._lifting import lift, query_width, split_values, value_width
-from ..machine import imported
-from ..products import add_product_
+from ..hardware.machine import imported
 from ..registry import register
-from ..requests import Dims, KernelFunction, Reason, Request
-from ..tensors import any_requires_grad
+from ..registry.types import Dims, KernelFunction, Reason, Request
 from ._rows import NEVER
 
 library: ModuleType

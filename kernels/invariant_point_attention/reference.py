@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..dtypes import widest
 from ..registry import register
-from ..requests import KernelFunction, serves_everything
-from ..tensors import widest
+from ..registry.types import KernelFunction, serves_everything
 
 
 def run(

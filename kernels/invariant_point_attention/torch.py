@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..registry import register
-from ..requests import KernelFunction, Reason, Request
+from ..registry.types import KernelFunction, Reason, Request
 from ._rows import lift
 from ._streamed import ipa_streamed
 

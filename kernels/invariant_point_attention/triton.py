@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..registry import register
-from ..requests import KernelFunction
+from ..registry.types import KernelFunction
 from ._rows import lift
 from ._tiles import heads_at_once, reasons_against
 from .torch import split_values

@@ -7,9 +7,9 @@ after (gate, output projection) is the caller's, or `triangle_attention_update`'
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..dtypes import any_requires_grad, cast, floating_type, require_one_device, without_autocast
 from ..registry import function_for, register_operation
-from ..requests import Operation
-from ..tensors import any_requires_grad, cast, floating_type, require_one_device, without_autocast
+from ..registry.types import Operation
 
 OPERATION = register_operation(
     Operation(

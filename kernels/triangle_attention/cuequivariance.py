@@ -5,11 +5,11 @@ from types import ModuleType
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..cuequivariance import ATTENTION_THRESHOLDS, NEEDS, against_attention, check_backward
-from ..machine import imported
+from ..common.cuequivariance_limits import ATTENTION_THRESHOLDS, NEEDS, against_attention, check_backward
+from ..dtypes import any_requires_grad
+from ..hardware.machine import imported
 from ..registry import register
-from ..requests import KernelFunction
-from ..tensors import any_requires_grad
+from ..registry.types import KernelFunction
 
 library: ModuleType
 

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..machine import imported
+from ..hardware.machine import imported
 from ..registry import register
-from ..requests import KernelFunction, Reason, Request
+from ..registry.types import KernelFunction, Reason, Request
 
 library: ModuleType
 

@@ -3,9 +3,9 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .._biased_attention_tiles import reasons_against
+from ..biased_attention._tiles import reasons_against
 from ..registry import register
-from ..requests import KernelFunction
+from ..registry.types import KernelFunction
 
 
 def run(
@@ -16,14 +16,14 @@ def run(
     mask: Bool[Tensor, "b n m"] | None = None,
 ) -> Float[Tensor, "b h n m d"]:
     """Attend, block of queries by block of queries."""
-    from ._triton import triangle_attention_triton
+    from ._launch import triangle_attention_triton
 
     out: Tensor = triangle_attention_triton(q, k, v, bias, mask)[0]
     return out
 
 
 def load() -> KernelFunction:
-    from . import _triton  # noqa: F401 - here, so that a Triton that cannot be imported is found while choosing
+    from . import _launch  # noqa: F401 - here, so that a Triton that cannot be imported is found while choosing
 
     return run
 

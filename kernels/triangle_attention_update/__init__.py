@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..dtypes import any_requires_grad, cast, floating_type, require_one_device, without_autocast
 from ..registry import common_kernel, function_for, register_operation
-from ..requests import Operation
-from ..tensors import any_requires_grad, cast, floating_type, require_one_device, without_autocast
+from ..registry.types import Operation
 from ..triangle_attention import triangle_attention
 
 OPERATION = register_operation(

@@ -5,12 +5,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..biased_attention import attend, attend_backward
-from ..blocks import block_dtype, norm_dtype
-from ..pair_projection import pair_bias_backward, pair_bias_into
-from ..products import accumulate_
-from ..rows import layer_norm_backward, zeros_like_wide
-from ..tensors import widest
+from ..biased_attention.streaming import attend, attend_backward
+from ..common.blocking import block_dtype, norm_dtype
+from ..common.matmul import accumulate_
+from ..common.pair_blocks import layer_norm_backward, zeros_like_wide
+from ..common.pair_projection import pair_bias_backward, pair_bias_into
+from ..dtypes import widest
 from . import Weights
 
 

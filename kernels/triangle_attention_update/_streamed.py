@@ -7,9 +7,9 @@ computes each block's queries, keys, values and weights again.
 import torch
 from torch import Tensor
 
-from ..blocks import row_blocks
-from ..custom import no_double_backward
-from ..tensors import TensorList, widest
+from ..common.blocking import row_blocks
+from ..common.double_backward import no_double_backward
+from ..dtypes import TensorList, widest
 from ._rows import Backward, Forward
 
 

@@ -4,7 +4,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..registry import register
-from ..requests import KernelFunction, serves_everything
+from ..registry.types import KernelFunction, serves_everything
 from . import Weights
 from ._streamed import triangle_attention_update_streamed
 

@@ -10,9 +10,9 @@ import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..dtypes import any_requires_grad, cast, floating_type, require_one_device, without_autocast
 from ..registry import function_for, register_operation
-from ..requests import Operation
-from ..tensors import any_requires_grad, cast, floating_type, require_one_device, without_autocast
+from ..registry.types import Operation
 
 Direction = Literal["outgoing", "incoming"]
 

@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..blocks import block_dtype, norm_dtype, pairs_per_block, slices
-from ..products import accumulate_, write_product
-from ..rows import layer_norm_backward
-from ..tensors import widest
+from ..common.blocking import block_dtype, norm_dtype, pairs_per_block, slices
+from ..common.matmul import accumulate_, write_product
+from ..common.pair_blocks import layer_norm_backward
+from ..dtypes import widest
 from . import Weights
 
 _CHANNELS = 32  # products at once: fewer leave the projections too narrow, more take memory

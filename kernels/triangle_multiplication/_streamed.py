@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..custom import no_double_backward
-from ..tensors import TensorList
+from ..common.double_backward import no_double_backward
+from ..dtypes import TensorList
 from . import Weights
 from ._channels import backward_item, forward_item, prepare
 

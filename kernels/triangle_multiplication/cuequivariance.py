@@ -5,10 +5,10 @@ from types import ModuleType
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..cuequivariance import FALLBACK, NEEDS, against_device
-from ..machine import imported
+from ..common.cuequivariance_limits import FALLBACK, NEEDS, against_device
+from ..hardware.machine import imported
 from ..registry import register
-from ..requests import KernelFunction, Reason, Request
+from ..registry.types import KernelFunction, Reason, Request
 from . import Direction, Weights
 
 library: ModuleType

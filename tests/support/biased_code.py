@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from foldkernels.kernels import _biased_attention_tiles as tiles
+from foldkernels.kernels.biased_attention import _tiles as tiles
 
 from .triton_tools import CHIPS, compiled
 from .usage_table import FIRST, MORE, OTHERS, PRODUCTS, Variant
@@ -91,8 +91,8 @@ def variants() -> Iterator[Variant]:
 
 def code(target: Any, way: Way, tile: tiles.Tile) -> Any:
     """A kernel's code in a tile, the bias in float32 (the larger case)."""
-    from foldkernels.kernels import _biased_attention_backward_triton  # noqa: F401 - adds its kernels
-    from foldkernels.kernels._biased_attention_triton import KERNELS
+    from foldkernels.kernels.biased_attention import _triton_backward  # noqa: F401 - adds its kernels
+    from foldkernels.kernels.biased_attention._triton_forward import KERNELS
 
     function = KERNELS[way.kernel]
     constants = {"D": way.d, "WIDTH": tiles.width(way.d), "I": tile.queries, "J": tile.keys, "MASKED": way.masked}

@@ -11,9 +11,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from foldkernels.kernels import registry
-from foldkernels.kernels.accuracy import required
-from foldkernels.kernels.examples.builders import SMALL, make
-from foldkernels.kernels.examples.case import Case
+from foldkernels.kernels.testing.accuracy import required
+from foldkernels.kernels.testing.cases.builders import SMALL, make
+from foldkernels.kernels.testing.cases.case import Case
 
 from .interpreted import allow_the_cpu, answer_questions
 

@@ -12,10 +12,12 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foldkernels.kernels import accuracy, blocks, registry
-from foldkernels.kernels.examples.builders import make
-from foldkernels.kernels.examples.case import Case
-from foldkernels.kernels.examples.draws import Draws
+from foldkernels.kernels import registry
+from foldkernels.kernels.common import blocking
+from foldkernels.kernels.testing import accuracy
+from foldkernels.kernels.testing.cases.builders import make
+from foldkernels.kernels.testing.cases.case import Case
+from foldkernels.kernels.testing.cases.random_inputs import Draws
 from foldkernels.kernels.testing.rounded_operators import plain_pytorch
 
 #: What each operation's builder takes besides sizes, and from where that is drawn.
@@ -171,7 +173,7 @@ def calls(draw: st.DrawFn, operations: tuple[str, ...], kernels: tuple[str, ...]
 
 def sizes_of(operation: str) -> list[str]:
     """The names of the sizes that an operation's builder takes, apart from the length."""
-    from foldkernels.kernels.examples import builders
+    from foldkernels.kernels.testing.cases import builders
 
     return sorted(builders.sizes_of(operation))
 
@@ -299,8 +301,8 @@ def _blocks_of(call: Call) -> Iterator[None]:
         return
     pairs = call.rows * call.length
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "_PAIRS_PER_THREAD", dict.fromkeys((torch.float32, torch.float64), pairs))
-        patch.setattr(blocks, "_PAIRS_PER_THREAD_16_BIT", pairs)
+        patch.setattr(blocking, "_PAIRS_PER_THREAD", dict.fromkeys((torch.float32, torch.float64), pairs))
+        patch.setattr(blocking, "_PAIRS_PER_THREAD_16_BIT", pairs)
         yield
 
 

@@ -54,7 +54,7 @@ def code(
     precision: str = "ieee",
 ) -> Any:
     """A kernel's code for a chip, in a tile."""
-    from foldkernels.kernels.edge_transition._kernels import KERNELS
+    from foldkernels.kernels.edge_transition._triton import KERNELS
 
     function, wide = KERNELS[kernel], tiles.widths(*sizes)
     constants: dict[str, Any] = {

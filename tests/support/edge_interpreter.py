@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldkernels.kernels import blocks
-from foldkernels.kernels.edge_transition import _rows, _tiles, _triton, reference, triton
+from foldkernels.kernels.common import blocking
+from foldkernels.kernels.edge_transition import _launch, _rows, _tiles, reference, triton
 from foldkernels.kernels.testing.rounded_operators import plain_pytorch
 
 from .interpreted import FLOOR, answer_questions, poison_memory, second_derivative
@@ -136,7 +136,7 @@ def check_operators(case: dict[str, Any]) -> dict[str, Any]:
     weights = [value for name, value in x.items() if name not in ("nodes", "z", "d_out", "mask")]
     leaves = [x["z"].requires_grad_(), *(p.detach().requires_grad_() for p in
               _rows.split_exactly(x["nodes"], case["cz"], *weights))]  # fmt: skip
-    operator = _triton.edge_transition_triton
+    operator = _launch.edge_transition_triton
     found = torch.library.opcheck(operator, (leaves[0], leaves[1:], x.get("mask"), 1e-3))
     out = operator(leaves[0], leaves[1:], x.get("mask"), 1e-3)
     return {"opcheck": found, "twice": second_derivative(out.square().sum(), leaves[0])}
@@ -173,8 +173,8 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
     if case["tile"]:  # a small one: several tiles a row, several blocks of columns
         _tiles.TILES = dict.fromkeys(TILES, (_tiles.Tile(*case["tile"]),) * 3)
     _tiles.PART = case["part"]
-    blocks._PAIRS_PER_THREAD = dict.fromkeys((torch.float64, torch.float32), case["pairs"])
-    blocks._PAIRS_PER_THREAD_16_BIT = case["pairs"]
+    blocking._PAIRS_PER_THREAD = dict.fromkeys((torch.float64, torch.float32), case["pairs"])
+    blocking._PAIRS_PER_THREAD_16_BIT = case["pairs"]
     do = {"operators": check_operators, "loads": count_loads}.get(case["what"], measure)
     return do(case)
 

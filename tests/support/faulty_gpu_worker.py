@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_worker
-from benchmarks.gpu_subjects import Item
+from benchmarks.studies import gpu_worker
+from benchmarks.studies.gpu_subjects import Item
 from foldkernels.kernels import registry
 from foldkernels.kernels.edge_transition import torch as right
 

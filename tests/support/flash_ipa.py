@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from foldkernels.compat import flash_ipa
-from foldkernels.kernels.binding import bind
+from foldkernels.kernels.registry.binding import bind
 
 from .goldens import part
 

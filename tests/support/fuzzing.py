@@ -217,19 +217,19 @@ def _reader(name: str, folder: Path) -> tuple[Callable[[Path], object], list[Dam
     """How a file is read, and how it is damaged before."""
     archives: list[Damage] = [damaged, damaged_inside, damaged_inside]
     if name == "torch":
-        from foldkernels.compat.torch_archive import read_torch_file
+        from foldkernels.compat.checkpoints.torch_file import read_torch_file
 
         return read_torch_file, archives
     if name == "multiflow":
-        from foldkernels.compat.multiflow.checkpoint import read_checkpoint
+        from foldkernels.compat.multiflow.checkpoint.files import read_checkpoint
 
         return read_checkpoint, archives
     if name == "multiflow-safetensors":
-        from foldkernels.compat.multiflow import loading
+        from foldkernels.compat.multiflow.checkpoint import loading
 
         return loading.load, [damaged_safetensors]
     if name == "config":
-        from foldkernels.compat.multiflow import loading
+        from foldkernels.compat.multiflow.checkpoint import loading
 
         return _with_config(loading.load, folder), [damaged_text]
     if name == "boltz":
@@ -249,7 +249,7 @@ def _reader(name: str, folder: Path) -> tuple[Callable[[Path], object], list[Dam
 
         return _in_a_folder(lambda path: esm.load(path, contacts=False)), [damaged_text, damaged]
     if name == "structure":
-        from foldkernels.compat.multiflow.structures import read_structure
+        from foldkernels.compat.multiflow.structures.reading import read_structure
 
         return read_structure, [damaged, damaged_text]
     if name == "results":
@@ -291,9 +291,9 @@ def _compared(path: Path) -> object:
     """What `bench --compare` tells of a file and its whole self; files that it cannot compare are refused as well."""
     import dataclasses
 
-    from foldkernels.cli.benchmarking.comparison import as_dict, as_text, compare_results
-    from foldkernels.cli.benchmarking.rows import read
-    from foldkernels.compat.errors import BadInput
+    from foldkernels.benchmarks.report.comparison import as_dict, as_text, compare_results
+    from foldkernels.benchmarks.report.results import read
+    from foldkernels.errors import BadInput
 
     found = read(path)
     whole = read(next((path.parent / "whole").iterdir()))
@@ -309,8 +309,8 @@ def _compared(path: Path) -> object:
 
 def _kept(whole: Path) -> Callable[[Path], object]:
     """An entry of the structures' cache: what it holds, or nothing; never anything else."""
-    from foldkernels.compat.errors import BadInput
     from foldkernels.compat.multiflow.dataset import parsed
+    from foldkernels.errors import BadInput
 
     expected = parsed._load(whole)
     assert expected is not None
@@ -379,7 +379,7 @@ def _tried(
     folder: Path, read: Callable[[Path], object], contents: Iterator[bytes], like: Path, deeds: list[str]
 ) -> dict[str, Any]:
     """What came of reading each."""
-    from foldkernels.compat.errors import BadInput
+    from foldkernels.errors import BadInput
 
     counts = {"read": 0, "refused": 0, "wrong": 0}
     wrong: list[str] = []

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from foldkernels.compat.multiflow.checkpoint import Checkpoint, read_checkpoint
-from foldkernels.compat.multiflow.configuration import as_model_config
-from foldkernels.compat.multiflow.loading import build, load
+from foldkernels.compat.multiflow.checkpoint.files import Checkpoint, read_checkpoint
+from foldkernels.compat.multiflow.checkpoint.loading import build, load
+from foldkernels.compat.multiflow.config.sections import as_model_config
 from foldkernels.compat.multiflow.model import FlowModel
 
 MULTIFLOW = Path(__file__).resolve().parents[1] / "goldens" / "multiflow"

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldkernels.kernels import accuracy, registry
-from foldkernels.kernels.custom import NoDoubleBackward
+from foldkernels.kernels import registry
+from foldkernels.kernels.common.double_backward import NoDoubleBackward
+from foldkernels.kernels.testing import accuracy
 
 #: What an error may be beyond twice plain PyTorch's, as a part of the largest value.
 FLOOR = {**accuracy.FLOOR, torch.float16: 2e-3}

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from foldkernels.kernels import chips
 from foldkernels.kernels.invariant_point_attention import _tiles as tiles
+from foldkernels.kernels.triton_tools import gpu_limits
 
 from .triton_tools import CHIPS
 from .triton_tools import compiled as compiled_for
@@ -52,13 +52,13 @@ class Cell(NamedTuple):
 def cells() -> Iterator[Cell]:
     """The whole table."""
     for arch, capability in CHIPS.items():
-        for (kernel, z, fused), found in tiles.TABLE[chips.shared_memory(capability)].items():
+        for (kernel, z, fused), found in tiles.TABLE[gpu_limits.shared_memory(capability)].items():
             for dtype in ("bf16", "fp16") if z == tiles.HALF else ("fp32",):
                 for heads, channels in found:
                     yield Cell(arch, kernel, dtype, fused, heads, channels)
         if capability >= tiles.DESCRIPTORS:
             for dtype in ("bf16", "fp16"):
-                for heads, channels, columns in tiles.DESCRIBED[chips.shared_memory(capability)]:
+                for heads, channels, columns in tiles.DESCRIBED[gpu_limits.shared_memory(capability)]:
                     yield Cell(arch, tiles.FORWARD, dtype, tiles.FUSED, heads, channels, columns)
 
 
@@ -133,7 +133,7 @@ def compiled(cell: Cell, plan: tiles.Plan, precision: str, *, masked: bool = Tru
 
 def _described(cell: Cell, plan: tiles.Plan, *, masked: bool, ones: tuple[str, ...]) -> Any:
     """The same of the kernel that reads tiles through descriptors."""
-    from foldkernels.kernels.invariant_point_attention._triton_descriptors import forward_kernel
+    from foldkernels.kernels.invariant_point_attention._tma_triton import forward_kernel
 
     columns = tiles.FUSED_WIDTH
     constants: dict[str, Any] = {

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from triton.runtime import interpreter
 
-from foldkernels.kernels import accuracy
-from foldkernels.kernels.examples.builders import make
-from foldkernels.kernels.examples.case import Case
-from foldkernels.kernels.invariant_point_attention import _launch, _launch_descriptors
+from foldkernels.kernels.invariant_point_attention import _launch, _tma_launch
 from foldkernels.kernels.invariant_point_attention import _tiles as tiles
+from foldkernels.kernels.testing import accuracy
+from foldkernels.kernels.testing.cases.builders import make
+from foldkernels.kernels.testing.cases.case import Case
 
 from .interpreted import FLOOR, allow_the_cpu, answer_questions, poison_memory, second_derivative
 
@@ -93,13 +93,13 @@ def multiply_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 def measure(asked: dict[str, Any]) -> dict[str, Any]:
     """Compare with the definition in float64; and how often descriptors were used."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        described, forward = [], _launch_descriptors.forward
+        described, forward = [], _tma_launch.forward
 
         def counted(*arguments: Any) -> Tensor:
             described.append(1)
             return forward(*arguments)
 
-        monkeypatch.setattr(_launch_descriptors, "forward", counted)
+        monkeypatch.setattr(_tma_launch, "forward", counted)
         # No table has a fused way for float32: there, products are exact, and the test is of the arithmetic alone.
         if not asked["fused"]:
             multiply_in_tf32(monkeypatch)
@@ -269,7 +269,7 @@ def describable(asked: dict[str, Any]) -> dict[str, Any]:
         (torch.zeros(2, 3, 4, 24, 2, dtype=torch.bfloat16)[..., 0], False),  # channels apart
         (z[:, :0], False),
     ]
-    wrong = [i for i, (x, holds) in enumerate(cases) if _launch_descriptors.describable(x) is not holds]
+    wrong = [i for i, (x, holds) in enumerate(cases) if _tma_launch.describable(x) is not holds]
     return {"wrong": wrong, "cases": len(cases)}
 
 

@@ -11,7 +11,7 @@ import torch
 
 from foldkernels.configs.resolve import ENVIRONMENT_VARIABLE
 from foldkernels.kernels.registry import operations
-from foldkernels.kernels.requests import Dims, Request
+from foldkernels.kernels.registry.types import Dims, Request
 
 from .standins import restored
 

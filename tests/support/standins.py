@@ -10,29 +10,33 @@ from torch import Tensor
 
 from foldkernels.kernels import registry
 from foldkernels.kernels.attention import reference
-from foldkernels.kernels.requests import Kernel, KernelFunction, Reason, Request
+from foldkernels.kernels.registry import dispatch, registration
+from foldkernels.kernels.registry.types import Kernel, KernelFunction, Reason, Request
 
-_STATE = ("_operations", "_kernels", "_broken_plugins", "_decided", "_fused", "_thresholds")
+_STATE = (
+    (registration, ("_operations", "_kernels", "_broken_plugins", "_thresholds")),
+    (dispatch, ("_decided", "_fused")),
+)
 
 
 @contextmanager
 def restored() -> Iterator[None]:
     """Whatever is registered inside is gone afterwards."""
     registry.operations()
-    kept = {name: dict(getattr(registry, name)) for name in _STATE}
-    kept_by_operation = {name: dict(kernels) for name, kernels in registry._kernels.items()}
-    loaded, discovered = dict(vars(registry._loaded)), registry._discovered
+    kept = {(module, name): dict(getattr(module, name)) for module, names in _STATE for name in names}
+    kept_by_operation = {name: dict(kernels) for name, kernels in registration._kernels.items()}
+    loaded, discovered = dict(vars(dispatch._loaded)), registration._discovered
     try:
         yield
     finally:
-        for name, content in kept.items():
-            now = getattr(registry, name)
+        for (module, name), content in kept.items():
+            now = getattr(module, name)
             now.clear()
             now.update(content)
-        registry._kernels.update(kept_by_operation)
-        vars(registry._loaded).clear()
-        vars(registry._loaded).update(loaded)
-        registry._discovered = discovered
+        registration._kernels.update(kept_by_operation)
+        vars(dispatch._loaded).clear()
+        vars(dispatch._loaded).update(loaded)
+        registration._discovered = discovered
 
 
 def run_a(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:

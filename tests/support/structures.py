@@ -13,7 +13,7 @@ from torch import Tensor
 from foldkernels.compat.multiflow.dataset import (
     StructureDataset,
 )
-from foldkernels.compat.multiflow.residues import LETTERS, NAMES
+from foldkernels.compat.multiflow.structures.residue_types import LETTERS, NAMES
 
 PDB = Path(__file__).parents[1] / "goldens" / "pdb" / "1odh.pdb"
 GOLDENS = Path(__file__).parents[1] / "goldens" / "multiflow"

@@ -15,10 +15,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 import torch
 
-from foldkernels.kernels import _biased_attention_launch, accuracy
-from foldkernels.kernels.examples.builders import make
-from foldkernels.kernels.examples.case import Case
-from foldkernels.kernels.tile_cache import TileCache, choosing
+from foldkernels.kernels.biased_attention import _launch
+from foldkernels.kernels.testing import accuracy
+from foldkernels.kernels.testing.cases.builders import make
+from foldkernels.kernels.testing.cases.case import Case
+from foldkernels.kernels.triton_tools.tile_cache import TileCache, choosing
 
 from .interpreted import allow_the_cpu, answer_questions, poison_memory
 
@@ -40,7 +41,7 @@ def cut(case: Case, rows: int) -> Case:
     )
 
 
-def a_program_short(call: _biased_attention_launch._Call, tile: Any) -> int:
+def a_program_short(call: _launch._Call, tile: Any) -> int:
     """How many programs hold all queries but those of the last tile."""
     return call.b * call.h * call.r * (-(-call.i // tile.queries)) - 1
 
@@ -62,7 +63,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
 
     with choosing(named), pytest.MonkeyPatch.context() as monkeypatch:
         if asked["fault"]:
-            monkeypatch.setattr(_biased_attention_launch._Call, "over_queries", a_program_short)
+            monkeypatch.setattr(_launch._Call, "over_queries", a_program_short)
         check = accuracy.check(case, "triton", dtype)
     wrong = [str(verdict) for verdict in check.verdicts if not verdict.passed]
     return {"wrong": [*wrong, *([check.broken] if check.broken else [])], "judged": len(check.verdicts), "ran": ran}

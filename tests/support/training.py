@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from foldkernels.compat.multiflow.structures import Backbone, read_structure
+from foldkernels.compat.multiflow.structures.reading import Backbone, read_structure
 
 PDB = Path(__file__).resolve().parents[1] / "goldens" / "pdb"
 

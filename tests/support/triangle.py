@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from foldkernels.kernels.examples.case import Case
+from foldkernels.kernels.testing.cases.case import Case
 
 BOLTZ = Path(__file__).resolve().parents[1] / "goldens" / "boltz"
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldkernels.kernels import _biased_attention_launch
 from foldkernels.kernels.attention_pair_bias import PairProjection
 from foldkernels.kernels.attention_pair_bias import reference as sequence_reference
 from foldkernels.kernels.attention_pair_bias import triton as sequence
+from foldkernels.kernels.biased_attention import _launch
 from foldkernels.kernels.testing.rounded_operators import plain_pytorch
 from foldkernels.kernels.triangle_attention import reference as triangle_reference
 from foldkernels.kernels.triangle_attention import triton as triangle
@@ -155,7 +155,7 @@ def check_operators(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer(case: dict[str, Any]) -> dict[str, Any]:
-    _biased_attention_launch._PROGRAMS = case["programs"]
+    _launch._PROGRAMS = case["programs"]
     return check_operators(case) if case.get("operators") else measure(case)
 
 

@@ -14,9 +14,10 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from foldkernels.cli.main import main as command
-from foldkernels.kernels import registry, tile_cache
-from foldkernels.kernels.examples.builders import SMALL, make
-from foldkernels.kernels.tuning import tune
+from foldkernels.kernels import registry
+from foldkernels.kernels.testing.cases.builders import SMALL, make
+from foldkernels.kernels.testing.tile_tuning import tune
+from foldkernels.kernels.triton_tools import tile_cache
 
 from .interpreted import allow_the_cpu, answer_questions, poison_memory
 
@@ -29,9 +30,9 @@ def clock(run: Any) -> float:
 
 def planted(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """The smaller tiles of triangle attention's forward pass write nothing, or ask for more than the chip has."""
-    from foldkernels.kernels import _biased_attention_launch
+    from foldkernels.kernels.biased_attention import _launch
 
-    launch: Callable[..., None] = _biased_attention_launch._Call.launch
+    launch: Callable[..., None] = _launch._Call.launch
 
     def broken(call: Any, kernel: str, tile: Any, *more: Any, **options: Any) -> None:
         if kernel == "forward" and tile.queries < 32:
@@ -41,7 +42,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
                 return
         launch(call, kernel, tile, *more, **options)
 
-    monkeypatch.setattr(_biased_attention_launch._Call, "launch", broken)
+    monkeypatch.setattr(_launch._Call, "launch", broken)
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from foldkernels.kernels import chips
+from foldkernels.kernels.triton_tools import gpu_limits
 
 from .triton_tools import CHIPS, Usage, usage
 
@@ -105,7 +105,7 @@ def too_much(variant: Variant, found: Usage, table: Table, version: str) -> list
         table: The operation's.
         version: Of Triton.
     """
-    limit = chips.shared_memory(CHIPS[variant.arch])
+    limit = gpu_limits.shared_memory(CHIPS[variant.arch])
     said = []
     if found.shared > limit:
         said.append(f"{found.shared} bytes of shared memory, and the chip has {limit}")

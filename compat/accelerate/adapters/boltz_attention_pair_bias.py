@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ....kernels.attention_pair_bias import PairProjection, attention_pair_bias, pair_bias
-from ....kernels.binding import Use
-from ....kernels.tensors import widest
+from ....kernels.dtypes import widest
+from ....kernels.registry.binding import Use
 from ....modules.masks import boolean
 from ..checks import (
     require_children,

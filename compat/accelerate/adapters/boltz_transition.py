@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....kernels.binding import Use
+from ....kernels.registry.binding import Use
 from ....modules.transition import by_rows, gated
 from ..checks import (
     require_children,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....kernels.binding import Use
+from ....kernels.registry.binding import Use
 from ....kernels.triangle_multiplication import Direction, triangle_multiplication
 from ....modules.triangle_multiplication import TriangleMultiplication
 from ..checks import class_among, require_children, require_linear, require_parameters, require_signature

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ....kernels import edge_features as operation
-from ....kernels.binding import Use
+from ....kernels.registry.binding import Use
 from ..autocasting import layer_norm_type
 from ..checks import (
     require_children,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....kernels.binding import Use
+from ....kernels.registry.binding import Use
 from ....modules.edge_transition import pair_transition_use, update_pairs
 from ..autocasting import layer_norm_type
 from ..checks import (

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ....kernels.attention import attention
-from ....kernels.binding import Use
+from ....kernels.registry.binding import Use
 from ..checks import require_children, require_linear, require_parameters, require_signature, whole_numbers
 from ..recognition import Adapter, Declined, Example, Recognised
 from ..replacement import original_forward

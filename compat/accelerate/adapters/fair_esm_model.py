@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....kernels.binding import Use
+from ....kernels.registry.binding import Use
 from ..checks import require_signature, whole_numbers
 from ..recognition import Adapter, Declined, Example, Recognised
 from ..replacement import original_forward

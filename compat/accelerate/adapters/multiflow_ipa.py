@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....kernels.binding import Use
+from ....kernels.registry.binding import Use
 from ....modules.invariant_point_attention import attend_over_pairs, pair_attention_use
 from ....modules.rigid import Rigid
 from ..checks import (

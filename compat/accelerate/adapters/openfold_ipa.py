@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ....kernels.binding import Use
+from ....kernels.registry.binding import Use
 from ....modules.invariant_point_attention import attend_over_pairs
 from ....modules.rigid import Rigid
 from ..checks import class_among, require_children, require_exactly, require_parameters, require_signature

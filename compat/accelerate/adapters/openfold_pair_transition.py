@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ....kernels.binding import Use
+from ....kernels.registry.binding import Use
 from ....modules.transition import by_rows
 from ..checks import require_children, require_exactly, require_parameters, require_signature, whole_numbers
 from ..recognition import Adapter, Example, Forward, Recognised

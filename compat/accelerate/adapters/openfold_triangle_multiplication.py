@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....kernels.binding import Use
+from ....kernels.registry.binding import Use
 from ....kernels.triangle_multiplication import Direction, Weights, triangle_multiplication
 from ..checks import class_among, require_children, require_exactly, require_parameters, require_signature
 from ..recognition import Adapter, Declined, Example, Forward, Recognised

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....kernels.binding import Use
+from ....kernels.registry.binding import Use
 from ....kernels.triangle_attention_update import Weights, triangle_attention_update
 from ..checks import require_children, require_exactly, require_parameters, require_signature, whole_numbers
 from ..recognition import Adapter, Declined, Example, Forward, Recognised

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Sampler
 
 from ....configs.data import SamplerConfig
-from ...errors import BadInput
+from ....errors import BadInput
 from .structures import Draw, StructureDataset
 
 

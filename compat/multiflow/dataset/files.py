@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ...errors import BadInput
+from ....errors import BadInput
 
 #: The endings of structure files, each also with `.gz`; capitals do not matter.
 ENDINGS = (".pdb", ".ent", ".cif", ".mmcif")

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ....configs.data import DataConfig
-from ..residues import MASK
+from ..structures.residue_types import MASK
 from .parsed import ParsedChain, ParsedFile
 
 #: A reason as it is counted, and its detail; None where there is nothing to say against it.

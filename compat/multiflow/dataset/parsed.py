@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ...errors import BadInput
-from ..backbone import frames_from_atoms
-from ..chain_atoms import ChainAtoms, read_atoms
-from ..residues import MASK, types_from_sequence
-from ..whole_files import write_whole
+from ....errors import BadInput
+from ...files.atomic import write_whole
+from ..structures.backbone import frames_from_atoms
+from ..structures.chain_atoms import ChainAtoms, read_atoms
+from ..structures.residue_types import MASK, types_from_sequence
 
 #: Part of every key of the cache: raised whenever what is kept of a file, or how it is read, changes.
 PARSER_VERSION = 3

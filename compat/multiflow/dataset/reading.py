@@ -11,8 +11,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from ....configs.data import DataConfig
-from ...errors import BadInput
-from ..progress import progress_bar
+from ....errors import BadInput
+from ...files.progress import progress_bar
 from .files import structure_files
 from .filters import against_example, against_file, least_compact, radius_of_gyration
 from .parsed import ParsedFile, StructureCache

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ....configs.data import DataConfig
-from ....kernels import tile_cache
-from ...errors import BadInput
-from ..configuration import as_data, checked
+from ....errors import BadInput
+from ....kernels.triton_tools import tile_cache
+from ..config.sections import as_data, checked
 from .crops import draw_crop
 from .features import make_features
 from .parsed import ParsedChain, ParsedFile, StructureCache

@@ -10,24 +10,24 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ...errors import BadInput
+from ....errors import BadInput
 
 if TYPE_CHECKING:
+    from ..flow.corruption import corrupt_batch
+    from ..flow.self_conditioning import self_condition
     from ._lightning_module import TrainingModule
     from ._running import TrainingRun, train
-    from .corruption import corrupt_batch
     from .objective import LossNotFinite, losses
-    from .self_conditioning import self_condition
 
 _INSTALL = "pip install 'foldkernels[train]'"
 _HOMES = {
-    "LossNotFinite": "objective",
-    "corrupt_batch": "corruption",
-    "losses": "objective",
-    "self_condition": "self_conditioning",
-    "train": "_running",
-    "TrainingModule": "_lightning_module",
-    "TrainingRun": "_running",
+    "LossNotFinite": "....errors",
+    "corrupt_batch": "..flow.corruption",
+    "losses": ".objective",
+    "self_condition": "..flow.self_conditioning",
+    "train": "._running",
+    "TrainingModule": "._lightning_module",
+    "TrainingRun": "._running",
 }
 
 __all__ = [
@@ -45,7 +45,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        return getattr(import_module(_HOMES[name], __name__), name)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("pytorch_lightning", "lightning_fabric"):
             raise

@@ -14,8 +14,8 @@ from typing import Any
 import pytorch_lightning as lightning
 from torch import Tensor
 
-from ..checkpoint import LIGHTNING_NAME
-from ..whole_files import write_whole
+from ...files.atomic import write_whole
+from ..checkpoint.files import LIGHTNING_NAME
 from .objective import LossNotFinite
 
 COLUMNS = (

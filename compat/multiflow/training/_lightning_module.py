@@ -9,14 +9,14 @@ import pytorch_lightning as lightning
 import torch
 from torch import Tensor
 
-from ....kernels.binding import bind
+from ....kernels.registry.binding import bind
+from ..flow.corruption import corrupt_batch
+from ..flow.self_conditioning import self_condition
 from ..model import FlowModel
-from .corruption import corrupt_batch
 from .objective import losses
 from .run_config import read_run_config
 from .schedules import learning_rate_schedule
 from .seeding import seed_batch
-from .self_conditioning import self_condition
 
 _STATE = "foldkernels"
 #: Number of the first batch of a validation, where its noise is drawn from the batch's number: no training gets there.

@@ -9,7 +9,7 @@ from typing import Any
 from pytorch_lightning import loggers as lightnings
 from pytorch_lightning.loggers import Logger
 
-from ...errors import BadInput
+from ....errors import BadInput
 from .class_paths import build
 
 

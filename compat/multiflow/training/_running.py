@@ -32,11 +32,11 @@ from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from ....errors import BadInput
 from ....kernels.registry import record_kernels
-from ...errors import BadInput
-from ..checkpoint import CONFIG_NAME, LIGHTNING_NAME, read_checkpoint
-from ..configuration import read_config
-from ..whole_files import write_whole
+from ...files.atomic import write_whole
+from ..checkpoint.files import CONFIG_NAME, LIGHTNING_NAME, read_checkpoint
+from ..config.sections import read_config
 from ._batches import MakeBatches, TrainingData
 from ._callbacks import LastCheckpoint, LossTable, StoppedByUser
 from ._lightning_module import TrainingModule

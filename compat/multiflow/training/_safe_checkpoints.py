@@ -8,9 +8,9 @@ from typing import Any, cast
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from ...errors import BadInput
-from ...torch_archive import read_torch_file
-from ..checkpoint import fit_report
+from ....errors import BadInput
+from ...checkpoints.torch_file import read_torch_file
+from ..checkpoint.files import fit_report
 
 
 class SafeCheckpointIO(TorchCheckpointIO):

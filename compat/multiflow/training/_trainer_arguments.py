@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ....configs.kernel import did_you_mean
-from ...errors import BadInput
+from ....errors import BadInput
 from .class_paths import build
 from .settings import ExperimentConfig
 

@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import Any
 
 from ....configs.kernel import did_you_mean
-from ...errors import BadInput
+from ....errors import BadInput
 
 
 def build(spec: Any, base: type[Any], home: str, where: str, *arguments: Any) -> Any:

@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...errors import BadInput
-from ..backbone import atom37_from_trans_rot
-from ..residues import MASK
-from ..rotations import compose, rotation_vector
+from ....errors import BadInput, LossNotFinite
+from ..flow.so3_steps import compose, rotation_vector
+from ..structures.backbone import atom37_from_trans_rot
+from ..structures.residue_types import MASK
 from .settings import TrainingConfig, as_training_config
 
 _LARGEST = 5.0
@@ -26,9 +26,6 @@ _CLEAN = ("trans_1", "rotmats_1", "aatypes_1", "rotmats_t", "r3_t", "so3_t", "ca
 
 Losses = dict[str, Float[Tensor, " b"]]
 
-
-class LossNotFinite(ValueError):
-    """A loss is NaN or infinite; the message names the batch items, and what was not finite before it."""
 
 
 def losses(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..whole_files import write_whole
+from ...files.atomic import write_whole
 
 Status = Literal["_running", "complete", "interrupted", "failed"]
 

@@ -15,8 +15,9 @@ from pydantic import ValidationError
 
 from ....configs.kernel import did_you_mean
 from ....configs.options import FoldkernelsConfig
-from ...errors import BadInput
-from ..configuration import (
+from ....errors import BadInput
+from ..checkpoint.size_limits import refuse_oversize
+from ..config.sections import (
     InterpolantConfig,
     ModelConfig,
     Section,
@@ -26,7 +27,6 @@ from ..configuration import (
     model_section,
     read_config,
 )
-from ..model_size import refuse_oversize
 from .settings import ExperimentConfig
 
 if TYPE_CHECKING:

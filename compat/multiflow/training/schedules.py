@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ....configs.kernel import did_you_mean
-from ...errors import BadInput
+from ....errors import BadInput
 from .class_paths import build
 from .settings import ExperimentConfig
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ....configs.kernel import did_you_mean
-from ..configuration import Section, as_data, checked
+from ..config.sections import Section, as_data, checked
 
 
 class StrictSection(Section):

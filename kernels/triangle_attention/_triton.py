@@ -1,5 +1,0 @@
-"""Triangle attention's Triton kernels, as a custom operator. Importing this imports Triton."""
-
-from .._biased_attention_launch import fused
-
-triangle_attention_triton = fused("triangle_attention")
