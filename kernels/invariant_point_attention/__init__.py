@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..dtypes import any_requires_grad, cast, floating_type, in_use, require_one_device, without_autocast
+from ..hardware import tf32
 from ..registry import function_for, precision, register_operation
 from ..registry.types import Operation
 
@@ -86,7 +87,7 @@ def invariant_point_attention(
     # Distances are differences of large numbers: points are never held in 16 bits.
     point_dtype = pytorch.float64 if dtype is pytorch.float64 else pytorch.float32
     rounded = dtype is pytorch.float32 and precision(config) == "bfloat16"
-    with without_autocast(q):
+    with without_autocast(q), tf32.allowance(q, precision(config)):
         out: tuple[Tensor, Tensor, Tensor] = run(
             cast(q, dtype),
             cast(k, dtype),
