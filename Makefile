@@ -16,7 +16,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.t
 # One thread a process: the tests already run side by side.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 
-.PHONY: help install demo test test-all test-bare test-versions test-peers lint bench docs clean
+.PHONY: help install demo test test-all test-bare test-versions test-peers lint lint-workflows doctor dist bench docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,9 @@ help:
 	@echo "make test-versions   the quick tests, with the oldest and the newest torch on each Python here; downloads GB"
 	@echo "make test-peers   fair-esm and boltz, from the package index, beside their accelerated copies"
 	@echo "make lint      ruff and mypy"
+	@echo "make lint-workflows   .github and CITATION.cff, by zizmor, yamllint and check-jsonschema"
+	@echo "make doctor    what this machine has, and what is missing"
+	@echo "make dist      the sdist and the wheel, into dist/, checked for the package index"
 	@echo "make bench     the benchmarks"
 	@echo "make docs      the pages in docs/ as a site, into site/"
 	@echo "make clean     remove what was built; .venv stays"
@@ -72,6 +75,26 @@ test-peers: $(INSTALLED)
 lint: $(INSTALLED)
 	$(PY) -m pytest -q tests/repo/test_style.py
 
+# Needs no .venv: the linters depend on nothing of ours. zizmor is offline: a new version's hash is looked up by hand.
+TOOLS := .tools
+SCHEMA = $(TOOLS)/bin/check-jsonschema --builtin-schema
+lint-workflows: $(PY)
+	$(PY) -m pip --disable-pip-version-check install --quiet --upgrade --target $(TOOLS) -r .github/requirements.txt
+	$(TOOLS)/bin/zizmor --offline --no-progress --persona=pedantic .github/workflows
+	PYTHONPATH=$(TOOLS) $(TOOLS)/bin/yamllint --strict -c .github/yamllint.yml .github CITATION.cff
+	PYTHONPATH=$(TOOLS) $(SCHEMA) vendor.github-workflows .github/workflows/*.yml
+	PYTHONPATH=$(TOOLS) $(SCHEMA) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	PYTHONPATH=$(TOOLS) $(SCHEMA) vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	PYTHONPATH=$(TOOLS) $(SCHEMA) vendor.citation-file-format CITATION.cff
+
+doctor: $(INSTALLED)
+	$(VENV)/bin/foldkernels doctor $(ARGS)
+
+dist: $(INSTALLED)
+	rm -rf dist
+	$(PY) -m build --outdir dist .
+	$(PY) -m twine check --strict dist/*
+
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.studies.multiflow_cpu $(ARGS)
 
@@ -82,5 +105,5 @@ docs: $(INSTALLED)
 	@echo "open site/index.html"
 
 clean:
-	rm -rf .peers .versions build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .peers .versions .tools build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -59,8 +59,9 @@ def run(
 
     from ..compat.accelerate import accelerate
     from ..compat.accelerate.user_model import make
+    from ..configs.seeds import generator_seed
 
-    torch.manual_seed(seed)
+    torch.manual_seed(generator_seed(seed))
     with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no part of the report
         users = make(address)
     if device is not None:

@@ -155,9 +155,11 @@ def run(
         from ..errors import BadInput
 
         raise BadInput("foldkernels bench runs on Linux and macOS")
+    from ..configs.seeds import generator_seed
+
     wanted = _plan(
         operations or [], model or [], inputs, whole_numbers(length, "--length"), mode, dtype, split(kernel),
-        baseline, device, threads, rounds, memory, budget, seed,
+        baseline, device, threads, rounds, memory, budget, generator_seed(seed),
     )  # fmt: skip
     _measure(wanted, _folder(out, overwrite), json)
 

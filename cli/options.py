@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from typing import Annotated, Any
 
@@ -55,6 +56,33 @@ def whole_numbers(values: Iterable[str] | None, option: str) -> list[int]:
             raise typer.BadParameter(f"{part!r} is no whole number of at least 1", param_hint=option)
         numbers.append(int(part))
     return numbers
+
+
+def lengths(values: Iterable[str] | None, option: str = "--length") -> list[int]:
+    """Lengths named by a repeatable option: numbers, ranges with both ends in them, ranges with a step.
+
+    Args:
+        values: The option's values, which commas may separate: `100`, `60-80` (each length), `60-80:5`.
+        option: The option's name, for the error.
+
+    Raises:
+        BadParameter: One is something else, counts down, or has more than 10,000 lengths.
+    """
+    numbers: list[int] = []
+    for part in split(values):
+        found = re.fullmatch(r"(\d+)\s*-\s*(\d+)(?:\s*:\s*(\d+))?", part)
+        if found is None:
+            numbers += whole_numbers([part], option)
+            continue
+        low, high, step = int(found[1]), int(found[2]), int(found[3] or 1)
+        if not 1 <= low <= high or step < 1:
+            raise typer.BadParameter(
+                f"{part!r} is no range of lengths: it goes up, from 1 at least, as 60-80 or 60-80:5", param_hint=option
+            )
+        if (high - low) // step >= 10_000:
+            raise typer.BadParameter(f"{part!r} is more than 10,000 lengths", param_hint=option)
+        numbers += range(low, high + 1, step)
+    return list(dict.fromkeys(numbers))
 
 
 def precisions(values: Iterable[str] | None, known: Collection[str], option: str) -> list[str]:

@@ -131,8 +131,8 @@ _LESS = "a shorter --length, fewer steps, or smaller batches; `kernel: flash` ne
 
 _PACKAGE = __name__.rpartition(".cli.")[0]
 _USERS_ERRORS = (
-    (f"{_PACKAGE}.compat.errors", "BadInput"),
-    (f"{_PACKAGE}.configs.resolve", "ConfigError"),
-    (f"{_PACKAGE}.kernels.registry", "KernelUnavailable"),
+    (f"{_PACKAGE}.errors", "BadInput"),
+    (f"{_PACKAGE}.errors", "ConfigError"),
+    (f"{_PACKAGE}.errors", "KernelUnavailable"),
     ("omegaconf.errors", "OmegaConfBaseException"),
 )

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Debug, Device, Json, Kernel, best_device, device_of_rank, split, whole_numbers
+from .options import Debug, Device, Json, Kernel, best_device, device_of_rank, split
+from .options import lengths as length_numbers
 from .reporting import print_json, reported, stopped_by_sigterm
 
 if TYPE_CHECKING:
@@ -25,12 +26,14 @@ Tasks, and what each needs:
   unconditional     structure and sequence from nothing: --length
   inverse_folding   a sequence for a backbone: --pdb
   forward_folding   a backbone for a sequence: --pdb, whose sequence is read
+  motif_scaffolding a protein around residues that stay: --pdb, --contigs (RFdiffusion's notation)
 \b
 Examples:
   foldkernels sample weights/ --length 100 --num 4 --kernel flash --out out/
-  foldkernels sample weights/ --length 60,80 --length 100 --timesteps 200 --out out/
+  foldkernels sample weights/ --length 60-80,100 --timesteps 200 --out out/
   foldkernels sample weights/ --task inverse_folding --pdb 1odh.pdb --chain A --out out/
   foldkernels sample weights/ --task forward_folding --pdb 1odh.pdb --num 8 --batch-size 4 --out out/
+  foldkernels sample weights/ --task motif_scaffolding --pdb 1odh.pdb --contigs 10-40/A40-60/20 --out out/
 \b
 On many GPUs and machines (the files are the same, whatever their number):
   torchrun --nproc-per-node 8 -m foldkernels sample weights/ --length 100 -n 1000 --out out/
@@ -38,7 +41,7 @@ On many GPUs and machines (the files are the same, whatever their number):
 \b
 Writes, for each sample:
   OUT/length_100/sample_0/   (folding: OUT/length_157/1odh/)
-    sample.pdb, bb_traj.pdb, x0_traj.pdb, sample.fasta
+    sample.pdb, bb_traj.pdb, x0_traj.pdb, sample.fasta (--format mmcif: .cif)
 and for the run:
   OUT/sample.fasta   the sequences of all samples in OUT
   OUT/run.json       arguments, versions, kernels that ran, processes, seeds, times
@@ -51,6 +54,14 @@ class Task(StrEnum):
     unconditional = "unconditional"
     inverse_folding = "inverse_folding"
     forward_folding = "forward_folding"
+    motif_scaffolding = "motif_scaffolding"
+
+
+class Format(StrEnum):
+    """Format of the structure files."""
+
+    pdb = "pdb"
+    mmcif = "mmcif"
 
 
 @reported
@@ -66,17 +77,40 @@ def run(
     out: Annotated[Path, typer.Option("--out", "-o", help="The output folder; it is made.", show_default=False)],
     length: Annotated[
         list[str] | None,
-        typer.Option("--length", "-l", metavar="N[,N...]", help="Residues (unconditional); repeatable."),
+        typer.Option(
+            "--length",
+            "-l",
+            metavar="N[,N...]",
+            help="Residues of a sample; 60-80 is each length from 60 to 80, 60-80:5 every fifth; repeatable.",
+        ),
     ] = None,
     num: Annotated[int, typer.Option("--num", "-n", min=1, help="Samples of each length or structure.")] = 1,
     task: Annotated[Task, typer.Option("--task", help="See below.")] = Task.unconditional,
     pdb: Annotated[
-        list[Path] | None, typer.Option("--pdb", metavar="FILE", help="PDB or mmCIF file (folding); repeatable.")
+        list[Path] | None,
+        typer.Option(
+            "--pdb",
+            metavar="FILE",
+            help="PDB or mmCIF file, or a folder of them; repeatable.",
+        ),
     ] = None,
     chain: Annotated[
         list[str] | None,
         typer.Option("--chain", metavar="A[,B...]", help="Chains of the files to use.  [default: all]"),
     ] = None,
+    contigs: Annotated[
+        str | None,
+        typer.Option(
+            "--contigs", metavar="TEXT", help="Lengths to sample, residues to keep."
+        ),
+    ] = None,
+    rewrite_fixed_types: Annotated[
+        bool,
+        typer.Option(
+            "--rewrite-fixed-types",
+            help="Let the last step rewrite kept types.",
+        ),
+    ] = False,
     timesteps: Annotated[
         int | None, typer.Option("--timesteps", min=2, help="Calls of the model.  [default: the config's]")
     ] = None,
@@ -86,6 +120,7 @@ def run(
     ] = 123,
     kernel: Kernel = None,
     device: Device = None,
+    form: Annotated[Format, typer.Option("--format", help="Format of the structure files.")] = Format.pdb,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Make samples anew that are there already; else they are kept.")
     ] = False,
@@ -106,7 +141,7 @@ def run(
     under torchrun, srun or mpirun, or started by hand, they share the samples, and take over what one of them that
     died has left.
     """
-    lengths = whole_numbers(length, "--length")
+    lengths = length_numbers(length)
     chains = split(chain) or None
     # Before the weights are read, which can take a while: a word that is wrong here is wrong with any weights.
     from ..configs.resolve import resolve_kernel
@@ -122,7 +157,6 @@ def run(
     if worker.local_rank:  # what is wrong with a machine is told by its first process
         warnings.simplefilter("ignore")
     model = load(weights, device=_device(device, worker), command_line=kernel or ())
-    _check_lengths(model, lengths, pdb, chains)
     kernels: dict[str, None] = {}
     with record_kernels() as ran, stopped_by_sigterm():
 
@@ -140,11 +174,14 @@ def run(
                 lengths=lengths,
                 num=num,
                 task=task.value,
-                pdb=pdb or None,
+                pdb=list(pdb) if pdb else None,
                 chain=chains,
                 seed=seed,
                 batch_size=batch_size,
                 num_timesteps=timesteps,
+                contigs=contigs,
+                rewrite_fixed_types=rewrite_fixed_types,
+                form=form.value,
                 overwrite=overwrite,
                 write_trajectories=trajectories,
                 kernels=kernels_so_far,
@@ -165,7 +202,7 @@ def run(
             raise
     if worker.rank:
         return
-    report = _report(model, done, list(kernels), worker)
+    report = _report(model, done, list(kernels), worker, form.value)
     if json:
         print_json(report)
     else:
@@ -184,28 +221,11 @@ def _device(asked: str | None, worker: Worker) -> str:
     return device
 
 
-def _check_lengths(model: FlowModel, lengths: list[int], pdb: list[Path] | None, chains: list[str] | None) -> None:
-    """Refuse what the model's position table cannot hold, before anything is written."""
-    from ..compat.multiflow.structures.reading import read_structure
-    from ..errors import BadInput
-
-    longest = model.model_config.node_features.max_num_res
-    wanted = {f"--length {length}": length for length in lengths}
-    for path in pdb or ():
-        wanted[str(path)] = read_structure(path, chain=chains).num_res
-    for what, length in wanted.items():
-        if length > longest:
-            raise BadInput(
-                f"{what}: {length} residues are more than this model's position table holds ({longest})",
-                "sample a shorter protein; the table's length is model.node_features.max_num_res in its config",
-            )
-
-
 def _device_of(model: FlowModel) -> Any:
     return next(model.parameters()).device
 
 
-def _report(model: FlowModel, done: SamplingRun, kernels: list[str], worker: Worker) -> dict[str, Any]:
+def _report(model: FlowModel, done: SamplingRun, kernels: list[str], worker: Worker, form: str) -> dict[str, Any]:
     return {
         "out": str(done.out_dir),
         "written": [str(done.out_dir / sample.folder) for sample in done.written],
@@ -213,6 +233,7 @@ def _report(model: FlowModel, done: SamplingRun, kernels: list[str], worker: Wor
         "seconds": round(done.seconds, 3),
         "device": str(_device_of(model)),
         "processes": worker.world_size,
+        "format": form,
         "kernels": kernels,
         "bound": model.kernels.as_dict() if model.kernels else None,
     }
@@ -223,7 +244,8 @@ def _text(report: dict[str, Any]) -> str:
     written, kept = report["written"], report["kept"]
     on = report["device"] if report["processes"] == 1 else f"{report['processes']} processes"
     lines = [f"{len(written)} sample(s) written to {report['out']} in {report['seconds']:.1f} s on {on}"]
-    lines += [f"  {folder}/sample.pdb" for folder in written[:8]]
+    ending = ".cif" if report["format"] == "mmcif" else ".pdb"
+    lines += [f"  {folder}/sample{ending}" for folder in written[:8]]
     if len(written) > 8:
         lines.append(f"  ... and {len(written) - 8} more")
     if kept:

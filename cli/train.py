@@ -61,7 +61,7 @@ def run(
     seed: Annotated[
         int | None,
         typer.Option(
-            "--seed", min=0, help="Weights, noise and the order of the data follow from it.  [default: the config's]"
+            "--seed", help="Weights, noise and the order of the data follow from it.  [default: the config's]"
         ),
     ] = None,
     validation: Annotated[

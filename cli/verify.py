@@ -77,6 +77,8 @@ def run(
 
     Exit code 1 if anything does not hold, or nothing could be checked.
     """
+    from ..configs.seeds import generator_seed
+
     for module in imports or ():
         _imported(module)
     where = device or best_device()
@@ -93,7 +95,7 @@ def run(
                 operations=_known(operation, "--operation", sorted({subject.operation for subject in subjects})),
                 kernels=_known(kernel_name, "--kernel-name", _kernel_names()),
                 precisions=named,
-                seed=seed,
+                seed=generator_seed(seed),
                 # Whoever asks for one operation does not ask for the model.
                 checkpoint=whole if presets and not operation and not kernel_name else None,
             )

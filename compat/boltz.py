@@ -12,6 +12,16 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput
+from .checkpoints.weight_files import (
+    is_safetensors,
+    is_sharded,
+    read_content,
+    read_safetensors,
+    read_shards,
+    refuse_other_folders,
+    state_of,
+)
+from .checkpoints.wrapped_names import unwrapped
 
 if TYPE_CHECKING:
     import torch
@@ -51,12 +61,15 @@ def read_checkpoint(path: str | Path) -> BoltzCheckpoint:
         BadInput: It is missing, damaged or hostile, or holds no weights; the message names the file.
     """
     path = Path(path).expanduser()
-    if path.suffix == ".safetensors":
-        return BoltzCheckpoint(_read_safetensors(path), source=str(path))
+    if path.is_dir():
+        refuse_other_folders(path)
+        raise BadInput(f"{path}: this is a folder, not a checkpoint.", "pass the file itself.")
+    if is_sharded(path) or is_safetensors(path):
+        weights = read_shards(path) if is_sharded(path) else read_safetensors(path)
+        return BoltzCheckpoint(_weights(str(path), weights), source=str(path))
     from .checkpoints.plain_data import plain
-    from .checkpoints.torch_file import read_torch_file
 
-    content = read_torch_file(path)
+    content = read_content(path)
     if not isinstance(content, Mapping):
         raise BadInput(f"{path}: this holds {type(content).__name__}, not a checkpoint.")
     try:
@@ -64,7 +77,7 @@ def read_checkpoint(path: str | Path) -> BoltzCheckpoint:
     except UnpicklingError:
         hyper_parameters = None  # the weights tell all sizes
     return BoltzCheckpoint(
-        _weights(str(path), content.get("state_dict", content)),
+        _weights(str(path), state_of(content, str(path))),
         hyper_parameters if isinstance(hyper_parameters, dict) else {},
         str(path),
     )
@@ -172,8 +185,7 @@ class _Sizes:
 
 def _under(checkpoint: BoltzCheckpoint, prefix: str) -> dict[str, Tensor]:
     """The weights under a prefix, without it."""
-    # torch.compile puts this into the names of what it wraps.
-    names = {name.replace("_orig_mod.", ""): weight for name, weight in checkpoint.state_dict.items()}
+    names = unwrapped(checkpoint.state_dict, checkpoint.source)
     prefix = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
     found = {name.removeprefix(prefix): weight for name, weight in names.items() if name.startswith(prefix)}
     if _ANCHOR not in found:
@@ -187,22 +199,6 @@ def _dropout(checkpoint: BoltzCheckpoint, prefix: str) -> float:
     arguments = checkpoint.hyper_parameters.get("pairformer_args") if prefix.rstrip(".") == TRUNK.rstrip(".") else None
     rate = arguments.get("dropout") if isinstance(arguments, Mapping) else None
     return float(rate) if isinstance(rate, (int, float)) else 0.25
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.stat().st_size == 0:
-            raise BadInput(f"{path}: the file is empty (0 bytes).", _DOWNLOAD)
-        return _weights(str(path), load_file(path))
-    except SafetensorError as error:
-        raise BadInput(f"{path}: no safetensors file, or cut short or damaged ({error}).", _DOWNLOAD) from error
-    except FileNotFoundError as error:
-        raise BadInput(f"{path}: there is no such file.", "check the path.") from error
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror or error}).") from error
 
 
 def _weights(source: str, weights: object) -> dict[str, Tensor]:

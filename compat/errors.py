@@ -5,8 +5,7 @@ import warnings
 from ..errors import *  # noqa: F403
 
 warnings.warn(
-    "foldkernels.compat.errors is now "
-    "foldkernels.errors",
+    "foldkernels.compat.errors is now foldkernels.errors",
     DeprecationWarning,
     stacklevel=2,
 )

@@ -6,6 +6,7 @@ Files are read from a local path, as data: nothing in them is run, and nothing i
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,6 +14,15 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from ..errors import BadInput
+from .checkpoints.weight_files import (
+    find_shards,
+    is_sharded,
+    read_content,
+    read_shards,
+    refuse_other_folders,
+    state_of,
+)
+from .checkpoints.wrapped_names import unwrapped
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +44,14 @@ _OTHERS = {
     "msa_transformer": "MSA Transformer",
     "invariant_gvp": "ESM-IF1",
 }
+
+#: The weight that every ESM-2 has once, under fair-esm's names and Hugging Face's, with what training puts before it.
+_ANCHOR = r"(?:(?:esm\.)?embeddings\.word_embeddings|(?:encoder\.(?:sentence_encoder\.)?)?embed_tokens)\.weight"
+#: Names that are ESM-2's own: what stands beside them, a classifier or a pooler, is another part of a fine-tuned model.
+_OWN = re.compile(
+    r"(esm\.)?(embeddings|encoder|contact_head)\.|(encoder\.(sentence_encoder\.)?)?"
+    r"(embed_tokens|embed_positions|layers|emb_layer_norm|contact_head|lm_head|msa_position_embedding)"
+)
 
 _HUGGINGFACE_LAYER = {
     "attention.self.query": "self_attn.q_proj",
@@ -192,45 +210,44 @@ def _renamed(name: str) -> str | None:
 def _read(path: str | Path | Mapping[str, Tensor], contacts: bool) -> tuple[dict[str, Tensor], Mapping[str, Any], str]:
     """Weights under fair-esm's names, the settings that stand beside them, and what to call the source."""
     if isinstance(path, Mapping):
-        return _own_names(_tensors("state_dict", path), "state_dict"), {}, "state_dict"
+        return _own_names(unwrapped(_tensors("state_dict", path), "state_dict"), "state_dict"), {}, "state_dict"
     path = Path(path).expanduser()
     settings: Mapping[str, Any] = {}
     if path.is_dir():
         path, settings = _in_folder(path)
     if not path.is_file():
         raise _missing(path)
-    content = _content(path)
+    content = read_shards(path) if is_sharded(path) else read_content(path)
     if not isinstance(content, Mapping):
         raise BadInput(f"{path}: expected an ESM-2 checkpoint, found {type(content).__name__}.")
-    if "args" in content or "cfg" in content:
+    if ("args" in content or "cfg" in content) and "state_dict" not in content:
         settings = _settings(content, path)
         weights = _upgraded(_tensors(str(path), content.get("model")))
         if contacts and not any(name.startswith("contact_head.") for name in weights):
             weights |= _regression(path)
         return weights, settings, str(path)
-    weights = _tensors(str(path), content.get("model", content))
+    weights = unwrapped(_tensors(str(path), state_of(content, str(path))), str(path))
     return _own_names(weights, str(path)), settings, str(path)
-
-
-def _content(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        from .boltz import _read_safetensors
-
-        return _read_safetensors(path)
-    from .checkpoints.torch_file import read_torch_file
-
-    return read_torch_file(path)
 
 
 def _in_folder(folder: Path) -> tuple[Path, Mapping[str, Any]]:
     """The weights and the settings in a folder of Hugging Face's."""
     import json
 
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in ("model.safetensors", "pytorch_model.bin", "last.ckpt"):
         if (folder / name).is_file():
             break
+        refuse_other_folders(folder / name)
     else:
-        raise BadInput(f"{folder}: expected model.safetensors or pytorch_model.bin in this folder, found neither.")
+        refuse_other_folders(folder)
+        shards = find_shards(folder)
+        if shards is None:
+            raise BadInput(
+                f"{folder}: expected model.safetensors or pytorch_model.bin in this folder, whole or in shards, "
+                "found neither.",
+                "pass the file of weights itself.",
+            )
+        name = shards.name
     config = folder / "config.json"
     try:
         given = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
@@ -275,7 +292,7 @@ def _regression(path: Path) -> dict[str, Tensor]:
             f"{beside}: there is no such file; the contact head's weights were expected beside {path.name}.",
             f"download {_SOURCE}/regression/{beside.name}, or load with contacts=False.",
         )
-    content = _content(beside)
+    content = read_content(beside)
     weights = _tensors(str(beside), content.get("model", content) if isinstance(content, Mapping) else None)
     strange = sorted(name for name in weights if not name.startswith("contact_head."))
     if strange:
@@ -301,6 +318,7 @@ def _upgraded(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _own_names(weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     """A bare state_dict's weights under fair-esm's names."""
+    weights = _of_language_model(weights, source)
     if any("word_embeddings" in name for name in weights):
         if any("position_embeddings" in name for name in weights):
             raise BadInput(f"{source}: expected ESM-2, found learned positions, as ESM-1b has them.")
@@ -308,6 +326,39 @@ def _own_names(weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     if any(name.startswith("encoder.sentence_encoder.") for name in weights):
         return _upgraded(weights)
     return weights
+
+
+def _of_language_model(weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Those of the language model alone, out of a fine-tuned model's that holds it under some name."""
+    prefixes = sorted(
+        {
+            match[1]
+            for name in weights
+            if (match := re.fullmatch(r"((?:.*?\.)??)" + _ANCHOR, name)) is not None and "decoder" not in match[1]
+        }
+    )
+    if len(prefixes) > 1:
+        called = " and ".join(repr(prefix.rstrip(".") or "the model itself") for prefix in prefixes[:3])
+        raise BadInput(
+            f"{source}: it holds {len(prefixes)} language models, under {called}.", "save one of them alone."
+        )
+    if not prefixes:
+        return weights
+    prefix = prefixes[0]
+    own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+    heads = [name for name in own if _OWN.match(name) is None]
+    others = [name for name in weights if not name.startswith(prefix)] + [prefix + name for name in heads]
+    for name in heads:
+        del own[name]
+    if others:
+        shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        warnings.warn(f"{source}: left out are weights of other parts than ESM-2: {shown}", stacklevel=2)
+    if not any("lm_head." in name for name in own):
+        raise BadInput(
+            f"{source}: an ESM-2 that was tuned without its language-model head: it has no lm_head.",
+            "add the lm_head of the checkpoint that it was tuned from to the state_dict.",
+        )
+    return own
 
 
 # Fitting --------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from .kernel import KernelConfig, expand
 ENVIRONMENT_VARIABLE = "FOLDKERNELS_KERNEL"
 
 
-
 @dataclass(frozen=True)
 class ResolvedKernel:
     """A configuration, and for each of its keys the place that its value came from."""

@@ -5,8 +5,7 @@ import warnings
 from .testing.accuracy import *  # noqa: F403
 
 warnings.warn(
-    "foldkernels.kernels.accuracy is now "
-    "foldkernels.kernels.testing.accuracy",
+    "foldkernels.kernels.accuracy is now foldkernels.kernels.testing.accuracy",
     DeprecationWarning,
     stacklevel=2,
 )

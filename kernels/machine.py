@@ -5,8 +5,7 @@ import warnings
 from .hardware.machine import *  # noqa: F403
 
 warnings.warn(
-    "foldkernels.kernels.machine is now "
-    "foldkernels.kernels.hardware.machine",
+    "foldkernels.kernels.machine is now foldkernels.kernels.hardware.machine",
     DeprecationWarning,
     stacklevel=2,
 )

@@ -273,12 +273,6 @@ class MultiflowModel(ModelSubject):
 
     def inputs(self, length: int, seed: int, masked: bool) -> dict[str, Tensor]:
         """The model's batch: one chain; with masks, its last tenth takes no part."""
-        longest = self.config.node_features.max_num_res
-        if length > longest:
-            raise BadInput(
-                f"{length} residues are more than this model's position table holds ({longest})",
-                "measure shorter chains; the table's length is model.node_features.max_num_res in its config",
-            )
         generator = torch.Generator().manual_seed(seed)
         tokens = self.config.node_features.aatype_pred_num_tokens
         return draw_chains(length, generator, max(1, length // 10) if masked else 0, tokens)

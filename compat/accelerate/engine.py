@@ -26,7 +26,6 @@ _NEEDS_NOTHING = {
 }
 
 
-
 def accelerate(
     model: nn.Module,
     kernel: Any = None,

@@ -72,6 +72,9 @@ def _refuse_other_formats(path: Path, head: bytes, size: int) -> None:
         raise BadInput(f"{path}: this is a git-lfs pointer, not the checkpoint itself.", "run `git lfs pull`.")
     if head[257:262] == b"ustar" or head.startswith(b"\x1f\x8b"):
         raise BadInput(f"{path}: this is a tar or gzip archive, not a checkpoint.", "unpack it and pass its file.")
+    for magic, what in ((b"GGUF", "GGUF"), (b"\x89HDF", "HDF5 (of Keras, maybe)"), (b"\x93NUMPY", "a NumPy array")):
+        if head.startswith(magic):
+            raise BadInput(f"{path}: this is {what}, not a checkpoint of PyTorch.", "pass a .ckpt or .safetensors.")
     if not head.startswith((b"PK", b"\x80")):
         raise BadInput(f"{path}: this is not a checkpoint that torch wrote.", "pass a .ckpt or .safetensors file.")
 

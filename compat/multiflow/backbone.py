@@ -5,8 +5,7 @@ import warnings
 from .structures.backbone import *  # noqa: F403
 
 warnings.warn(
-    "foldkernels.compat.multiflow.backbone is now "
-    "foldkernels.compat.multiflow.structures.backbone",
+    "foldkernels.compat.multiflow.backbone is now foldkernels.compat.multiflow.structures.backbone",
     DeprecationWarning,
     stacklevel=2,
 )

@@ -84,8 +84,7 @@ class FlowModel(nn.Module):
             `pred_aatypes` [b, n]. Rows of residues that do not take part hold nothing of meaning.
 
         Raises:
-            BadInput: A tensor is missing or has a shape that does not fit, or there are more residues than the model's
-                position table holds.
+            BadInput: A tensor is missing or has a shape that does not fit.
         """
         self._check(input_feats)
         dtype = self.edge_feature_net.linear_s_p.weight.dtype
@@ -199,12 +198,6 @@ class FlowModel(nn.Module):
                 raise BadInput(
                     f"{name} has shape {tuple(batch[name].shape)}; with res_mask {(b, n)} it must be {wanted}"
                 )
-        longest = self.model_config.node_features.max_num_res
-        if n > longest:
-            raise BadInput(
-                f"{n} residues are more than this model's position table holds ({longest})",
-                "sample a shorter protein; the table's length is model.node_features.max_num_res",
-            )
 
 
 _SHAPES = {

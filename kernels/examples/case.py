@@ -5,8 +5,7 @@ import warnings
 from ..testing.cases.case import *  # noqa: F403
 
 warnings.warn(
-    "foldkernels.kernels.examples.case is now "
-    "foldkernels.kernels.testing.cases.case",
+    "foldkernels.kernels.examples.case is now foldkernels.kernels.testing.cases.case",
     DeprecationWarning,
     stacklevel=2,
 )

@@ -53,7 +53,8 @@ def invariant_point_attention(
         k_points: Key points, likewise.
         v_points: Value points, likewise.
         point_weights: One weight a head, not negative.
-        z: The pair representation. It is only read.
+        z: The pair representation. It is only read. Under `precision: bfloat16` a GPU of NVIDIA's or AMD's gets it
+            rounded; a CPU and a Mac read it as it is, which is faster there.
         bias_weight: The weight of the linear map from z to the logits' bias.
         mask: True for residues that take part, as queries and as keys.
         pair_mask: True where a query (second axis) may attend to a key (third axis).
@@ -86,7 +87,9 @@ def invariant_point_attention(
     dtype = floating_type(q)
     # Distances are differences of large numbers: points are never held in 16 bits.
     point_dtype = pytorch.float64 if dtype is pytorch.float64 else pytorch.float32
-    rounded = dtype is pytorch.float32 and precision(config) == "bfloat16"
+    # A CPU and a Mac multiply z by a few heads in float32, whatever it is held in: to round it first gains nothing.
+    narrow = z.device.type not in ("cpu", "mps")
+    rounded = narrow and dtype is pytorch.float32 and precision(config) == "bfloat16"
     with without_autocast(q), tf32.allowance(q, precision(config)):
         out: tuple[Tensor, Tensor, Tensor] = run(
             cast(q, dtype),

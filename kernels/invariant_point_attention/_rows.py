@@ -87,7 +87,10 @@ class Forward:
         b, h, n, _ = q.shape
         self.q, self.v, self.there, self.pair_mask = q, v, there, pair_mask
         self.k_transposed = k.transpose(2, 3).contiguous()
-        self.weight = bias_weight.to(dtype)  # not scaled: 16 bits would round that
+        # In 16 bits the scaled weight would be rounded once more: there the product is scaled.
+        narrow = dtype is not q.dtype
+        self.weight = bias_weight.to(dtype) if narrow else _BIAS_SCALE * bias_weight.to(dtype)
+        self.scale = _BIAS_SCALE if narrow else 1.0
         self.out = q.new_empty(b, h, n, v.shape[-1])
         self.pair = q.new_empty(b, n, h, bias_weight.shape[1])
 
@@ -99,7 +102,7 @@ class Forward:
         q = self.q[i, :, rows]
         logits = q.new_empty(q.shape[1], q.shape[0], z.shape[1])
         write_product(q, self.k_transposed[i], logits.transpose(0, 1))
-        add_product_(logits, self.weight.expand(z.shape[0], -1, -1), z.transpose(1, 2), _BIAS_SCALE)
+        add_product_(logits, self.weight.expand(z.shape[0], -1, -1), z.transpose(1, 2), self.scale)
         if self.pair_mask is not None:
             logits.masked_fill_(~self.pair_mask[i, rows, None], NEVER)
         return torch.softmax(logits, -1, out=logits)

@@ -224,23 +224,19 @@ def test_keys_that_do_not_match_are_listed(call, copy, tmp_path, command):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("words", [("--length", 2001), ("--length", 12, "--length", "30,99999")])
-def test_a_length_beyond_the_position_table(call, small, tmp_path, words):
-    done = call("sample", small, *words, "--out", tmp_path / "out")
-    assert is_one_clear_screen(done)
-    assert "position table holds (2000)" in done.err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_structure_longer_than_the_position_table(call, copy, goldens, tmp_path):
+def test_a_length_beyond_what_models_are_trained_at(call, copy, goldens, tmp_path):
+    """The embeddings of positions are sinusoids: there is no table to run out of, and a warning says what is known."""
     config = yaml.safe_load((copy / "config.yaml").read_text())
-    config["model"]["node_features"]["max_num_res"] = 50
+    config["model"]["node_features"]["max_num_res"] = 12
     (copy / "config.yaml").write_text(yaml.safe_dump(config))
-    pdb = goldens / "pdb" / "1odh.pdb"
-    done = call("sample", copy, "--task", "inverse_folding", "--pdb", pdb, "--out", tmp_path / "out")
-    assert is_one_clear_screen(done)
-    assert "1odh.pdb: " in done.err and "position table holds (50)" in done.err
-    assert not (tmp_path / "out").exists()
+    done = call("sample", copy, "--length", "12-14:2", "--timesteps", 2, "--out", tmp_path / "out")
+    assert done.code == 0
+    assert "warning: 14 residues: no model of this kind has been trained at such a length" in done.err
+    assert (tmp_path / "out/length_12/sample_0/sample.pdb").is_file()
+    assert (tmp_path / "out/length_14/sample_0/sample.pdb").is_file()
+    done = call("sample", copy, "--length", 12, "--timesteps", 2, "--out", tmp_path / "other")
+    assert done.code == 0
+    assert "trained" not in done.err
 
 
 def test_nan_among_the_coordinates(call, small, goldens, tmp_path):

@@ -2,15 +2,22 @@
 
 import ast
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 import textwrap
 import zipfile
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 from packaging.requirements import Requirement
+
+from .support import bare
+from .test_unpickling import child_environment
 
 ROOMS = ("kernels", "modules", "configs", "compat", "cli")
 # What `import foldkernels` must not bring along: each costs time, or is not everywhere.
@@ -96,10 +103,12 @@ def installed_by(wheel: Path, extra: str, system: str) -> set[str]:
 def test_every_extra_resolves_on_a_mac(wheel):
     ops = {"cuequivariance", "cuequivariance-torch", "cuequivariance-ops-torch-cu13", "trifast"}
     assert installed_by(wheel, "cuda", "linux") == ops
+    twelve = {name.replace("cu13", "cu12") for name in ops}
+    assert installed_by(wheel, "cuda12", "linux") == twelve != ops
     assert installed_by(wheel, "flash", "linux") == {"flash-attn"}
-    assert installed_by(wheel, "cuda", "darwin") == installed_by(wheel, "flash", "darwin") == set()
+    assert all(installed_by(wheel, extra, "darwin") == set() for extra in ("cuda", "cuda12", "flash"))
     extras = {line.partition(": ")[2] for line in metadata(wheel) if line.startswith("Provides-Extra")}
-    assert extras == {"cuda", "flash", "esm", "train", "docs", "plots", "test", "dev"}
+    assert extras == {"cuda", "cuda12", "flash", "esm", "hydra", "train", "docs", "plots", "test", "dev"}
     everywhere = set().union(*(installed_by(wheel, extra, "darwin") for extra in extras))
     assert not any(name.startswith(("cu", "triton", "trifast", "flash")) for name in everywhere)
 
@@ -121,6 +130,73 @@ def test_the_pins_serve_what_is_required(root, wheel):
     tested = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": "test"})]
     assert all(r.specifier.contains(pins[r.name]) for r in tested)
     assert pins["torch"] == "2.13.0"  # no local version: the pin must hold for every build of it
+
+
+def test_the_package_index_takes_both(copy, wheel):
+    """What `twine upload` refuses before it sends anything: a description that does not render, metadata of no use."""
+    pytest.importorskip("twine")
+    sdist = build("sdist", copy, copy.parent / "sdist")
+    command = [sys.executable, "-m", "twine", "--no-color", "check", "--strict", str(wheel), str(sdist)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("PASSED") == 2, done.stdout + done.stderr
+
+
+def test_a_person_finds_it_by_its_metadata(wheel):
+    """Keywords, classifiers and a description whose links lead somewhere from the package index, too."""
+    lines = metadata(wheel)
+    keywords = next(line.partition(": ")[2].split(",") for line in lines if line.startswith("Keywords: "))
+    assert {"protein structure", "triangle attention", "PyTorch"} <= {keyword.strip() for keyword in keywords}
+    assert "License-Expression: MIT" in lines and "Requires-Python: >=3.11" in lines
+    assert "Classifier: Topic :: Scientific/Engineering :: Bio-Informatics" in lines
+    text = "\n".join(lines[lines.index("") :])
+    assert text.count("```") > 2 and "kernel: flash" in text
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert [target for target in targets if not target.startswith(("https://", "#"))] == []
+
+
+def test_links_of_the_description_lead_to_the_repository():
+    module = declared()
+    readme = "![curve](docs/figures/a.png) [page](docs/a.md#b) [site](https://x.org) [here](#there) `a[0](1)`"
+    home = "https://host.example/owner/foldkernels"
+    text = module["description"](readme, home)
+    assert f"![curve]({home}/raw/main/docs/figures/a.png) [page]({home}/blob/main/docs/a.md#b)" in text
+    assert "[site](https://x.org) [here](#there)" in text
+    assert module["description"](readme, None).startswith(" page [site](https://x.org) [here](#there)")
+    assert module["project_urls"](None) == {}
+    assert module["project_urls"](home)["Changelog"] == f"{home}/blob/main/CHANGELOG.md"
+
+
+def declared() -> dict[str, Any]:
+    """What setup.py defines."""
+    with mock.patch("setuptools.setup"):
+        return runpy.run_path(str(Path(__file__).resolve().parent.parent / "setup.py"))
+
+
+def test_the_wheel_in_a_clean_environment(root, wheel, tmp_path):
+    """With what it asks for and nothing else: nothing is missing, and the command works from anywhere."""
+    python = bare.make(tmp_path / "venv", ours=False)
+    environment = {name: value for name, value in child_environment().items() if name != "PYTHONPATH"}
+
+    def here(*command: object) -> str:
+        words = [str(word) for word in command]
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, timeout=300, cwd=os.sep, env=environment
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert not (python.parent / "foldkernels").exists()
+    here(python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", wheel)
+    where = here(python, "-c", "import foldkernels; print(foldkernels.__file__)").strip()
+    assert Path(where).is_relative_to(tmp_path / "venv"), where
+    assert "No broken requirements" in here(python, "-m", "pip", "check")
+    program, small = python.parent / "foldkernels", root / "tests" / "goldens" / "multiflow" / "small"
+    assert here(program, "--version").startswith("foldkernels ")
+    assert "invariant_point_attention" in here(program, "explain", small, "--device", "cpu")
+    assert "ready" in here(program, "doctor", "--no-check", "--device", "cpu")
+    words = ("sample", small, "-l", 12, "--timesteps", 2, "-o", tmp_path / "out", "--device", "cpu")
+    here(program, *words)
+    assert (tmp_path / "out" / "length_12" / "sample_0" / "sample.pdb").exists()
 
 
 def test_the_installed_wheel_runs(wheel, tmp_path):

@@ -56,8 +56,8 @@ def installed(name: str) -> Distribution:
     return found
 
 
-def required() -> dict[str, Distribution]:
-    """What is needed here, and all that it cannot do without: name to what is installed."""
+def required(ours: bool = True) -> dict[str, Distribution]:
+    """What is needed here, and all that it cannot do without: name to what is installed; this package if `ours`."""
     optional = extras()
     found: dict[str, Distribution] = {}
     todo = [*declared()["install_requires"], *TOOLS]
@@ -70,17 +70,18 @@ def required() -> dict[str, Distribution]:
             continue
         found[name] = installed(name)
         todo += found[name].requires or ()
-    found["foldkernels"] = installed("foldkernels")
+    if ours:
+        found["foldkernels"] = installed("foldkernels")
     return found
 
 
-def make(folder: Path) -> Path:
-    """Make the environment; gives its Python."""
+def make(folder: Path, ours: bool = True) -> Path:
+    """Make the environment, with this package in it if `ours`; returns its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--clear", str(folder)], check=True)
     python = folder / Path(sys.executable).relative_to(sys.prefix)
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     purelib = Path(subprocess.run([python, "-I", "-c", ask], check=True, capture_output=True, text=True).stdout.strip())
-    wanted = required()
+    wanted = required(ours)
     kept = _entries(wanted.values())
     shared = _entries(one for one in distributions(path=sites()) if canonicalize_name(one.name) not in wanted)
     for site in sites():

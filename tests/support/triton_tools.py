@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from packaging.version import Version
 
 try:
     import triton
@@ -22,6 +23,8 @@ except ImportError as error:
 else:
     PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     WHY_NOT = "" if PTXAS.exists() else f"this triton brings no ptxas: {PTXAS}"
+    if Version(triton.__version__) < Version("3.6"):  # an old torch's, which our kernels refuse
+        WHY_NOT = f"triton {triton.__version__} is older than 3.6, which the kernels need"
 
 with_triton = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 

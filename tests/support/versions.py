@@ -69,14 +69,15 @@ def available(listing: str, requirement: Requirement) -> list[Version]:
     return sorted(v for v in versions if v.local is None and requirement.specifier.contains(v))
 
 
-def ends(python: Path) -> dict[str, Version]:
-    """Return the oldest and the newest PyTorch that this Python can have, under `oldest` and `newest`."""
+def ends(python: str) -> dict[str, Version]:
+    """Return the oldest and the newest PyTorch that a Python can have, under `oldest` and `newest`."""
     (requirement,) = (r for r in map(Requirement, declared()["install_requires"]) if r.name == "torch")
-    command = [python, "-m", "pip", "index", "versions", "torch"]
+    command = [sys.executable, "-m", "pip", "index", "versions", "torch", "--python-version", python]
+    command += ["--only-binary", ":all:"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | ENVIRONMENT)
     versions = available(done.stdout, requirement)
     if not versions:
-        raise SystemExit(f"no {requirement} for {python}\n{done.stdout}{done.stderr}")
+        raise SystemExit(f"no {requirement} for Python {python}\n{done.stdout}{done.stderr}")
     return {"oldest": versions[0], "newest": versions[-1]}
 
 
@@ -180,7 +181,7 @@ def all_rows(pythons: Sequence[str], which: Sequence[str], arguments: Sequence[s
             system = f"{platform.system()} {platform.machine()}"
             yield {"python": version, "system": system, "date": datetime.date.today().isoformat()}
             continue
-        chosen = ends(python)
+        chosen = ends(version)
         for torch in dict.fromkeys(chosen.get(name) or Version(name) for name in which):
             yield tested(version, python, torch, wheel, arguments)
 

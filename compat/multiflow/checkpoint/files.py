@@ -12,6 +12,17 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 from ....errors import BadInput
+from ...checkpoints.weight_files import (
+    find_shards,
+    is_safetensors,
+    is_sharded,
+    read_content,
+    read_safetensors,
+    read_shards,
+    refuse_other_folders,
+    state_of,
+)
+from ...checkpoints.wrapped_names import unwrapped
 from ...files.atomic import flush_to_disk
 from ...files.locks import holder, waiting_for
 from ..config.reference_limits import refuse_bombs
@@ -24,7 +35,6 @@ if TYPE_CHECKING:
 LIGHTNING_NAME = "last.ckpt"
 SAFETENSORS_NAME = "model.safetensors"
 CONFIG_NAME = "config.yaml"
-_PREFIX = "model."
 _ASIDE = ".writing-"
 _LINES_SHOWN = 8
 
@@ -48,17 +58,26 @@ def find_weights(path: str | Path) -> Path:
     """Gives the weights file that a path means.
 
     Args:
-        path: A `.ckpt` or `.safetensors` file, or a folder with `last.ckpt` or else `model.safetensors` in it.
+        path: A `.ckpt` or `.safetensors` file, the index of shards or one of them; or a folder with `last.ckpt`, else
+            `model.safetensors`, else shards in it.
 
     Raises:
-        BadInput: There is no such path, or the folder holds neither file.
+        BadInput: There is no such path, the folder holds none of these files, or it is one of DeepSpeed or
+            torch.distributed.checkpoint; the error has the command that converts it.
     """
     path = Path(path).expanduser()
     if path.is_dir():
         for name in (LIGHTNING_NAME, SAFETENSORS_NAME):
             if (path / name).is_file():
                 return path / name
-        others = sorted(file.name for file in path.iterdir() if file.suffix in (".ckpt", ".safetensors"))
+            refuse_other_folders(path / name)
+        refuse_other_folders(path)
+        shards = find_shards(path)
+        if shards is not None:
+            return shards
+        if (path / "pytorch_model.bin").is_file():
+            return path / "pytorch_model.bin"
+        others = sorted(file.name for file in path.iterdir() if file.suffix in (".ckpt", ".safetensors", ".pt", ".pth"))
         found = f" It holds {', '.join(others[:5])}{' and more' if len(others) > 5 else ''}." if others else ""
         hint = f"pass the file itself: {path / others[0]}" if others else "pass the folder that training wrote."
         raise BadInput(f"{path}: no {LIGHTNING_NAME} and no {SAFETENSORS_NAME} in this folder.{found}", hint)
@@ -84,18 +103,17 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     source = find_weights(path)
     beside = source.parent / CONFIG_NAME
     config = read_config(beside) if beside.is_file() else None
-    if source.suffix == ".safetensors":
+    sharded = is_sharded(source)
+    if sharded or is_safetensors(source):
         if config is None:
             raise BadInput(f"{source}: there is no {CONFIG_NAME} beside it.", "put the model's config.yaml there.")
-        return Checkpoint(_weights(source, _read_safetensors(source)), config, source)
+        tensors = read_shards(source) if sharded else read_safetensors(source)
+        return Checkpoint(_weights(source, tensors), config, source)
 
-    from ...checkpoints.torch_file import read_torch_file
-
-    content = read_torch_file(source)
+    content = read_content(source)
     if not isinstance(content, Mapping):
         raise BadInput(f"{source}: this holds {type(content).__name__}, not a checkpoint.")
-    weights = content.get("state_dict", content)
-    state_dict = _weights(source, weights)
+    state_dict = _weights(source, state_of(content, str(source)))
     return Checkpoint(state_dict, config if config is not None else _pickled_config(source, content), source)
 
 
@@ -232,23 +250,8 @@ def _rename_both(aside: Path, folder: Path) -> None:
         raise
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.stat().st_size == 0:
-            raise BadInput(f"{path}: the file is empty (0 bytes).", "copy or download the file again.")
-        return load_file(path)
-    except SafetensorError as error:
-        hint = "copy or download the file again, and compare its size with the original's."
-        raise BadInput(f"{path}: not a safetensors file, or cut short or damaged ({error}).", hint) from error
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror or error}).") from error
-
-
 def _weights(source: Path, weights: object) -> dict[str, Tensor]:
-    """Checks that these are weights, and takes Lightning's leading `model.` off their names."""
+    """Checks that these are weights, and takes Lightning's and wrappers' parts off their names."""
     import torch
 
     if not isinstance(weights, Mapping):
@@ -259,14 +262,8 @@ def _weights(source: Path, weights: object) -> dict[str, Tensor]:
     if strange:
         names = ", ".join(strange[:5]) + (f" and {len(strange) - 5} more" if len(strange) > 5 else "")
         raise BadInput(f"{source}: no state_dict in it: these entries are no tensors: {names}.")
-    renamed: dict[str, Tensor] = {}
-    for name, value in weights.items():
-        # Names of other modules stay as they are, so that the model's own strict loading names them.
-        short = str(name).removeprefix(_PREFIX)
-        if short in renamed:
-            raise BadInput(f"{source}: its state_dict holds both {short} and {_PREFIX}{short}.")
-        renamed[short] = value.detach()
-    return renamed
+    # Names of other modules stay as they are, so that the model's own strict loading names them.
+    return {name: value.detach() for name, value in unwrapped(weights, str(source)).items()}
 
 
 def _pickled_config(source: Path, content: Mapping[str, object]) -> DictConfig:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ....configs.options import MOST_CHANNELS, MOST_LAYERS
 from ....errors import BadInput
+from .hydra_config import composed, hydra_keys
 from .reference_limits import refuse_bombs
 
 if TYPE_CHECKING:
@@ -206,10 +207,10 @@ AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
 def read_config(path: Path) -> DictConfig:
-    """Reads a YAML config whole, resolving nothing.
+    """Reads a YAML config whole, resolving nothing; one with `defaults:` or `hydra:` as Hydra composes it.
 
     Raises:
-        BadInput: No such file, not YAML, or no mapping at its top.
+        BadInput: No such file, not YAML, no mapping at its top; or Hydra is needed and not installed, or refuses it.
     """
     import yaml  # type: ignore[import-untyped,unused-ignore]
     from omegaconf import DictConfig, OmegaConf
@@ -241,6 +242,11 @@ def read_config(path: Path) -> DictConfig:
     if not isinstance(config, DictConfig) or not config:
         raise BadInput(f"{path}: no config in it: it should hold sections such as `model:`.")
     refuse_bombs(OmegaConf.to_container(config), str(path))
+    if hydra_keys(config):
+        config = composed(path, config)
+        if not config:
+            raise BadInput(f"{path}: no config in it, nor in what its `defaults:` names.")
+        refuse_bombs(OmegaConf.to_container(config), str(path))
     return config
 
 

@@ -92,6 +92,7 @@ class Interpolant:
         inverse_folding: bool = False,
         separate_t: bool = False,
         *,
+        rewrite_fixed_types: bool = False,
         seeds: Sequence[int] | None = None,
         keep_trajectory: bool = True,
         on_step: Callable[[], None] | None = None,
@@ -104,6 +105,7 @@ class Interpolant:
 
         Two quirks of the original are kept, since a checkpoint's users see their effect: the last call of the model
         gets the residue types and the times of the call before it, and the residue types of noisy states are floats.
+        A third is kept on demand: that the last call rewrites the types of fixed residues (``rewrite_fixed_types``).
 
         Args:
             num_batch: Proteins in the batch.
@@ -125,6 +127,8 @@ class Interpolant:
             forward_folding: Residue types are known (``aatypes_1``); needs ``aatypes.noise: 0``.
             inverse_folding: Frames are known (``trans_1`` and ``rotmats_1``).
             separate_t: Known parts stand at their end from the first step, and the model is told so.
+            rewrite_fixed_types: Whether the last step gives fixed residues the types that the model predicts for them,
+                as the original does. By default they keep their own, and stand where they are known to be.
             seeds: A seed for each item, which then gets the noise it would get alone (see ``draws.Draws``); by default
                 torch's and numpy's global generators are used.
             keep_trajectory: False leaves out all but the last entry of each trajectory, which saves half a kilobyte for
@@ -238,6 +242,11 @@ class Interpolant:
                 pred_types = start.aatypes_1
             if inverse_folding:
                 pred_trans, pred_rotmats = start.trans_1, start.rotmats_1
+            if diffuse_mask is not None and not rewrite_fixed_types:
+                pred_trans = _mix(pred_trans, start.trans_1, start.diffuse_mask)
+                pred_rotmats = _mix(pred_rotmats, start.rotmats_1, start.diffuse_mask)
+                fixed = start.diffuse_mask == 0
+                pred_types = torch.where(fixed, start.aatypes_1.to(pred_types.dtype), pred_types)
             last = (_finite(_atoms(pred_trans, pred_rotmats), times[-1]), pred_types.cpu())
             clean.append(last)
             noisy.append(last)

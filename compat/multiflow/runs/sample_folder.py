@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ....errors import BadInput
-from ...files.atomic import put_back, target_of, whole_folder
+from ...files.atomic import put_back, target_of, whole_folder, write_whole
 from ...files.locks import Claim, claimed
 from ..flow.interpolant import Trajectory
 from ..structures.backbone import atom37_from_trans_rot
 from ..structures.residue_types import MASK, sequence_from_types
-from ..structures.writing import write_fasta, write_pdb
+from ..structures.writing import write_fasta, write_mmcif, write_pdb
 from .targets import Target
 
+Format = Literal["pdb", "mmcif"]
+"""The format of structure files that are written."""
 
-def is_complete(folder: Path, write_trajectories: bool) -> bool:
+ENDINGS: dict[Format, str] = {"pdb": ".pdb", "mmcif": ".cif"}
+
+
+def is_complete(folder: Path, write_trajectories: bool, form: Format = "pdb") -> bool:
     """Whether a sample's folder holds what a run would write."""
-    names = ["sample.pdb", "sample.fasta"]
+    names = [f"sample{ENDINGS[form]}", "sample.fasta"]
     if write_trajectories:
-        names += ["bb_traj.pdb", "x0_traj.pdb"]
+        names += [f"bb_traj{ENDINGS[form]}", f"x0_traj{ENDINGS[form]}"]
     return folder.is_dir() and all((folder / name).is_file() for name in names)
 
 
-def read_sequence(folder: Path) -> str:
-    """The sequence of a finished sample."""
-    lines = (folder / "sample.fasta").read_text(encoding="utf-8", errors="replace").splitlines()
-    return "".join(line.strip() for line in lines if not line.startswith(">"))
+def read_sequences(folder: Path) -> dict[str, str]:
+    """The sequences of a finished sample by their names in its file: one for each chain."""
+    sequences: dict[str, str] = {}
+    name = ""
+    for line in (folder / "sample.fasta").read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith(">"):
+            name = line[1:].strip()
+        sequences[name] = sequences.get(name, "") + (line.strip() if not line.startswith(">") else "")
+    return sequences
 
 
 def write_all_sequences(out_dir: Path, first: Iterable[str]) -> None:
@@ -48,16 +60,18 @@ def write_all_sequences(out_dir: Path, first: Iterable[str]) -> None:
         for lengths in out_dir.glob("length_*")
         if lengths.is_dir()
         for folder in lengths.iterdir()
-        if not folder.name.startswith(".") and is_complete(folder, write_trajectories=False)
+        if not folder.name.startswith(".") and any(is_complete(folder, False, form) for form in ENDINGS)
     ]
     there = set(found)
     names = dict.fromkeys(name for name in first if name in there) | dict.fromkeys(sorted(found, key=_as_counted))
     sequences = {}
     for name in names:
         try:
-            sequences[name.replace("/", "_")] = read_sequence(out_dir / name)
+            own = read_sequences(out_dir / name)
         except FileNotFoundError:
             continue  # another run is replacing it, and will write this file again
+        single = name.replace("/", "_")
+        sequences.update({single: next(iter(own.values()))} if len(own) == 1 else own)
     write_fasta(out_dir / "sample.fasta", sequences)
 
 
@@ -114,14 +128,23 @@ def _hidden(folder: Path) -> list[str]:
 
 
 def write_sample(
-    out_dir: Path, target: Target, item: int, noisy: Trajectory, clean: Trajectory, *, trajectories: bool, replace: bool
+    out_dir: Path,
+    target: Target,
+    item: int,
+    noisy: Trajectory,
+    clean: Trajectory,
+    *,
+    trajectories: bool,
+    replace: bool,
+    form: Format = "pdb",
 ) -> str:
     """Writes one item of a sampled batch.
 
     The files: ``sample.pdb`` and ``sample.fasta``; with ``trajectories`` also ``bb_traj.pdb`` (noise first) and
     ``x0_traj.pdb`` (the model's predictions, the last one first, as in the original; there the residue names run the
     other way, here they are those of their own step); for forward folding ``<name>_gt_1.pdb``, the structure that was
-    given; for inverse folding ``true_aa.fa``, its sequence.
+    given; for inverse folding ``true_aa.fa``, its sequence; for motif scaffolding ``contigs.json``, which residues were
+    kept. A complex keeps the names of its chains and their numbers, and FASTA files have an entry for each chain.
 
     Args:
         out_dir: The run's output folder.
@@ -131,6 +154,7 @@ def write_sample(
         clean: The model's predictions for the batch.
         trajectories: Whether to write them.
         replace: Whether a folder that is there goes away, rather than getting the files.
+        form: Format of the structure files.
 
     Returns:
         The sequence.
@@ -145,25 +169,38 @@ def write_sample(
         warnings.warn(f"{target.folder}: {masked} residue(s) are still masked and are written as alanine", stacklevel=2)
         types[types == MASK] = 0
     sequence = sequence_from_types(types.tolist())
-    sampled = torch.full((target.length,), 100.0)  # the B-factor of residues that were sampled
+    # The B-factor of residues that were sampled is 100, of those that were kept 0.
+    sampled = torch.full((target.length,), 100.0) if target.motif is None else 100.0 * target.motif.sampled
+    labels = target.labels
+    ending = ENDINGS[form]
+
+    def write(path: Path, positions: Tensor, residues: Tensor, b_factors: Tensor | None) -> None:
+        writer = write_pdb if form == "pdb" else write_mmcif
+        writer(path, positions, residues, b_factors=b_factors, labels=labels)
+
+    def by_chain(name: str, letters: str) -> dict[str, str]:
+        if labels is None:
+            return {name: letters}
+        return {f"{name}_{chain}": part for chain, part in labels.of_chains(letters).items()}
+
     try:
         with whole_folder(out_dir / target.folder, replace=replace) as folder:
             if trajectories:
                 noisy_types = torch.stack([step[1][item].long() for step in noisy])
                 noisy_types[-1] = types
-                write_pdb(folder / "bb_traj.pdb", _positions(noisy, item), noisy_types, b_factors=sampled)
+                write(folder / f"bb_traj{ending}", _positions(noisy, item), noisy_types, sampled)
                 clean_types = torch.stack([step[1][item].long() for step in clean])
-                write_pdb(
-                    folder / "x0_traj.pdb", _positions(clean, item).flip(0), clean_types.flip(0), b_factors=sampled
-                )
+                write(folder / f"x0_traj{ending}", _positions(clean, item).flip(0), clean_types.flip(0), sampled)
             known = target.reference
             if known is not None and target.task == "forward_folding":
                 truth = atom37_from_trans_rot(known.trans[None], known.rotmats[None])[0]
-                write_pdb(folder / f"{known.name}_gt_1.pdb", truth, known.aatypes)
+                write(folder / f"{known.name}_gt_1{ending}", truth, known.aatypes, None)
             if known is not None and target.task == "inverse_folding":
-                write_fasta(folder / "true_aa.fa", {"seq_1": known.sequence})
-            write_fasta(folder / "sample.fasta", {target.name: sequence})
-            write_pdb(folder / "sample.pdb", atoms[item], types, b_factors=sampled)
+                write_fasta(folder / "true_aa.fa", by_chain("seq_1", known.sequence))
+            if known is not None and target.motif is not None:
+                write_whole(folder / "contigs.json", json.dumps(target.motif.as_dict(known), indent=1) + "\n")
+            write_fasta(folder / "sample.fasta", by_chain(target.name, sequence))
+            write(folder / f"sample{ending}", atoms[item], types, sampled)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(out_dir / target.folder)) from error
     return sequence

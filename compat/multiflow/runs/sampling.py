@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -30,10 +31,10 @@ from ....errors import BadInput
 from ...files.progress import bar_shown, progress_bar
 from ..config.sections import InterpolantConfig
 from ..flow.interpolant import Interpolant, Model, device_of
-from ..structures.reading import Backbone
+from .contigs import motif_inputs
 from .rank import Worker
 from .run_log import RunLog, SampleRecord
-from .sample_folder import check_places, clear_leftovers, is_complete, write_sample
+from .sample_folder import ENDINGS, Format, check_places, clear_leftovers, is_complete, write_sample
 from .targets import Structures, Target, Task, batches, make_targets, read_references, structure_paths
 from .work_sharing import SharedWork, share
 
@@ -99,6 +100,9 @@ def run_sampling(
     seed: int = 123,
     batch_size: int = 1,
     num_timesteps: int | None = None,
+    contigs: str | None = None,
+    rewrite_fixed_types: bool = False,
+    form: Format = "pdb",
     overwrite: bool = False,
     write_trajectories: bool = True,
     progress: bool | None = None,
@@ -129,16 +133,22 @@ def run_sampling(
         interpolant: An ``Interpolant``, or the ``interpolant`` section of a config; changed for the task by
             ``task_config``.
         out_dir: The output folder; it is made.
-        lengths: Numbers of residues, for unconditional sampling. Repeated ones count once.
+        lengths: Numbers of residues, for unconditional sampling. Repeated ones count once. For motif scaffolding those
+            that a whole sample may have.
         num: Samples of each length or structure.
         task: ``unconditional``; ``forward_folding``: a backbone for the sequence of ``pdb``; ``inverse_folding``: a
-            sequence for its backbone.
-        pdb: One or several PDB or mmCIF files, for folding. As in the original, the residues of a file are numbered on
-            without gaps, as a single chain.
+            sequence for its backbone; ``motif_scaffolding``: a protein around residues of ``pdb``, which stay.
+        pdb: PDB or mmCIF files, or folders of them, for all tasks but the first. As in the original, the model sees the
+            residues of a file numbered on without gaps, as a single chain; a model that embeds chains
+            (``embed_chain``) sees those of a complex, and numbers from 1 in each. Files have the chains of a complex
+            in any case, with their names and numbers.
         chain: Chain or chains of the files to use; all by default.
         seed: Where all seeds come from.
         batch_size: Samples of the same length or structure that are made at a time.
         num_timesteps: Calls of the model; by default ``sampling.num_timesteps`` of the config.
+        contigs: What is kept of the structure and how much is sampled, for motif scaffolding; see ``contigs.Contigs``.
+        rewrite_fixed_types: See ``Interpolant.sample``.
+        form: Format of the structure files, ``pdb`` or ``mmcif``.
         overwrite: Makes samples anew that are there already. A sample that lacks files this run would write (its
             trajectories) is made again in any case, and the other files in its folder stay. Several workers make each
             their own share anew, and do not wait for one another.
@@ -162,20 +172,26 @@ def run_sampling(
     out_dir = Path(out_dir)
     worker = Worker() if worker is None else worker
     _check(task, lengths, num, pdb, batch_size, num_timesteps)
+    if (contigs is not None) != (task == "motif_scaffolding"):
+        needs = "needs contigs" if contigs is None else f"takes no contigs; {task} was asked for"
+        raise BadInput(f"motif_scaffolding {needs}", "--task motif_scaffolding --contigs '10-40/A163-181/10-40'")
+    if form not in ENDINGS:
+        raise BadInput(f"format is {form!r}; it must be one of {', '.join(ENDINGS)}")
     cfg = task_config(interpolant, task)
     sampler = Interpolant(cfg)
     if isinstance(interpolant, Interpolant):
         sampler.set_device(interpolant.device)
     steps = cfg.sampling.num_timesteps if num_timesteps is None else num_timesteps
     references = read_references(task, pdb, chain)
-    targets = make_targets(task, lengths, references, num, seed)
+    targets = make_targets(task, lengths, references, num, seed, contigs)
+    _warn_of_lengths(model, targets)
     groups = list(batches(targets, batch_size))
     check_places(out_dir, [target.folder for target in targets])
 
     make_anew = {target.folder for batch in share(groups, worker) for target in batch} if overwrite else set()
     records = {}
     for target in targets:
-        kept = target.folder not in make_anew and is_complete(out_dir / target.folder, write_trajectories)
+        kept = target.folder not in make_anew and is_complete(out_dir / target.folder, write_trajectories, form)
         records[target.folder] = SampleRecord(
             target.folder, target.length, target.index, target.seed, "kept" if kept else "pending"
         )
@@ -183,7 +199,7 @@ def run_sampling(
     def is_done(target: Target) -> bool:
         record = records[target.folder]
         if record.status == "pending" and target.folder not in make_anew:  # another process may have made it
-            if not is_complete(out_dir / target.folder, write_trajectories):
+            if not is_complete(out_dir / target.folder, write_trajectories, form):
                 return False
             records[target.folder] = replace(record, status="kept")
             return True
@@ -200,6 +216,8 @@ def run_sampling(
             "seed": seed,
             "batch_size": batch_size,
             "num_timesteps": steps,
+            **({} if contigs is None else {"contigs": contigs, "rewrite_fixed_types": rewrite_fixed_types}),
+            "format": form,
             "overwrite": overwrite,
             "write_trajectories": write_trajectories,
             **(arguments or {}),
@@ -230,7 +248,8 @@ def run_sampling(
                     seeds=[target.seed for target in batch],
                     keep_trajectory=write_trajectories,
                     on_step=advance,
-                    **_folding_inputs(task, batch[0].reference, len(batch)),
+                    rewrite_fixed_types=rewrite_fixed_types,
+                    **_known_inputs(model, batch),
                 )
                 seconds = round(time.time() - batch_started, 3)
                 log.kernels = list(kernels() if callable(kernels) else kernels or ())
@@ -238,7 +257,14 @@ def run_sampling(
                     if target not in mine:
                         continue
                     write_sample(
-                        out_dir, target, item, noisy, clean, trajectories=write_trajectories, replace=overwrite
+                        out_dir,
+                        target,
+                        item,
+                        noisy,
+                        clean,
+                        trajectories=write_trajectories,
+                        replace=overwrite,
+                        form=form,
                     )
                     records[target.folder] = replace(
                         records[target.folder],
@@ -335,7 +361,7 @@ def _check(
         if not lengths:
             raise BadInput("unconditional sampling needs at least one length")
     else:
-        if lengths:
+        if lengths and task != "motif_scaffolding":
             raise BadInput(f"{task} takes its length from the structure: leave out lengths")
         if not structure_paths(pdb):
             raise BadInput(f"{task} needs a structure (pdb)")
@@ -347,15 +373,49 @@ def _check(
         raise BadInput(f"num_timesteps is {num_timesteps}: sampling takes at least 2 calls of the model")
 
 
-def _folding_inputs(task: Task, known: Backbone | None, num_batch: int) -> dict[str, Any]:
-    """What the original's inference hands to the sampler for a task."""
+def _warn_of_lengths(model: Model, targets: Sequence[Target]) -> None:
+    """Says where samples are longer than what the model's config allows for: it runs, and nobody trained it there."""
+    longest = getattr(getattr(getattr(model, "model_config", None), "node_features", None), "max_num_res", None)
+    beyond = sorted({target.length for target in targets if longest is not None and target.length > longest})
+    if beyond:
+        shown = ", ".join(map(str, beyond[:4])) + (" and more" if len(beyond) > 4 else "")
+        warnings.warn(
+            f"{shown} residues: no model of this kind has been trained at such a length (its config's max_num_res is "
+            f"{longest}); it runs, and what comes out may be no protein",
+            stacklevel=3,
+        )
+
+
+def _known_inputs(model: Model, batch: Sequence[Target]) -> dict[str, Any]:
+    """What the original's inference hands to the sampler for a task, and the chains of a complex."""
+    known, num_batch, task = batch[0].reference, len(batch), batch[0].task
     if known is None:
         return {}
+    motifs = [target.motif for target in batch if target.motif is not None]
+    inputs: dict[str, Any]
+    if motifs:
+        inputs = motif_inputs(motifs, known)
+        chain_index = torch.stack([motif.chain_index for motif in motifs])
+        numbers = [motif.labels.numbers + 1 for motif in motifs if motif.labels is not None]
+        residue_index = torch.stack(numbers) if numbers else None
+    else:
+        chain_index = known.chain_index.repeat(num_batch, 1)
+        residue_index = known.residue_index.repeat(num_batch, 1)
     if task == "forward_folding":
-        return {"aatypes_1": known.aatypes.repeat(num_batch, 1), "forward_folding": True, "separate_t": True}
-    return {
-        "trans_1": known.trans.repeat(num_batch, 1, 1),
-        "rotmats_1": known.rotmats.repeat(num_batch, 1, 1, 1),
-        "inverse_folding": True,
-        "separate_t": True,
-    }
+        inputs = {"aatypes_1": known.aatypes.repeat(num_batch, 1), "forward_folding": True, "separate_t": True}
+    elif task == "inverse_folding":
+        inputs = {
+            "trans_1": known.trans.repeat(num_batch, 1, 1),
+            "rotmats_1": known.rotmats.repeat(num_batch, 1, 1, 1),
+            "inverse_folding": True,
+            "separate_t": True,
+        }
+    if int(chain_index.max()) > 1 and residue_index is not None and _embeds_chains(model):
+        inputs |= {"chain_idx": chain_index, "res_idx": residue_index}
+    return inputs
+
+
+def _embeds_chains(model: Model) -> bool:
+    config = getattr(model, "model_config", None)
+    sections = (getattr(config, name, None) for name in ("node_features", "edge_features"))
+    return any(bool(getattr(section, "embed_chain", False)) for section in sections)

@@ -17,9 +17,9 @@ from ....errors import BadInput
 from .backbone import frames_from_atoms
 from .chain_atoms import read_atoms
 from .residue_types import sequence_from_types, types_from_sequence
-from .writing import write_fasta, write_pdb
+from .writing import ResidueLabels, write_fasta, write_mmcif, write_pdb
 
-__all__ = ["Backbone", "read_structure", "write_fasta", "write_pdb"]
+__all__ = ["Backbone", "read_structure", "write_fasta", "write_mmcif", "write_pdb"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +36,8 @@ class Backbone:
         res_mask: True for every residue here: those without a frame are left out.
         chains: The chains' names in the file.
         skipped: A line for each residue that was left out, saying why.
+        numbers: The file's residue numbers, as they stand there.
+        insertions: The file's insertion codes, empty where there is none.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Backbone:
     res_mask: Bool[Tensor, " n"]
     chains: tuple[str, ...]
     skipped: tuple[str, ...]
+    numbers: Int64[Tensor, " n"]
+    insertions: tuple[str, ...]
 
     @property
     def num_res(self) -> int:
@@ -57,6 +61,11 @@ class Backbone:
     def sequence(self) -> str:
         """One-letter codes, X where the type is unknown."""
         return sequence_from_types(self.aatypes.tolist())
+
+    @property
+    def labels(self) -> ResidueLabels:
+        """Chains and numbers of the residues, for the files that are written of them."""
+        return ResidueLabels(self.chains, self.chain_index, self.numbers, self.insertions)
 
 
 def read_structure(
@@ -121,4 +130,8 @@ def read_structure(
         res_mask=torch.ones(len(atoms), dtype=torch.bool),
         chains=tuple(part.name for part, _ in parts),
         skipped=tuple(skipped),
+        numbers=torch.cat([torch.from_numpy(own) for own in numbers]),
+        insertions=tuple(
+            code for part, whole in parts for code, kept in zip(part.insertions, whole, strict=True) if kept
+        ),
     )

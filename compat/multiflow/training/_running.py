@@ -237,8 +237,6 @@ def _batches(data: Any, settings: RunConfig) -> MakeBatches:
 def _with_seed(settings: RunConfig, seed: int | None) -> RunConfig:
     if seed is None:
         return settings
-    if seed < 0:
-        raise BadInput(f"the seed is {seed}; it must not be negative")
     whole = settings.whole.copy()
     whole.experiment.seed = seed
     return read_run_config(whole)

@@ -27,7 +27,6 @@ _CLEAN = ("trans_1", "rotmats_1", "aatypes_1", "rotmats_t", "r3_t", "so3_t", "ca
 Losses = dict[str, Float[Tensor, " b"]]
 
 
-
 def losses(
     model: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], noisy_batch: Mapping[str, Tensor], training_cfg: Any
 ) -> Losses:

@@ -17,6 +17,7 @@ from ....configs.kernel import did_you_mean
 from ....configs.options import FoldkernelsConfig
 from ....errors import BadInput
 from ..checkpoint.size_limits import refuse_oversize
+from ..config.hydra_config import refuse_hydra_keys
 from ..config.sections import (
     InterpolantConfig,
     ModelConfig,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 _SECTIONS = ("model", "interpolant", "data", "experiment", "kernel", "foldkernels")
 #: Sections of the original's configs that training here does not read: they are kept as they are where they resolve.
-_OTHERS = ("folding", "shared", "pdb_dataset", "pdb_post2021_dataset", "inference", "defaults", "hydra")
+_OTHERS = ("folding", "shared", "pdb_dataset", "pdb_post2021_dataset", "inference")
 #: Keys that the published checkpoint's config has and the public code lacks.
 _PUBLISHED_KEYS = ("interpolant.twisting", "model.sequence_net")
 #: What `data:` has in the original, and means nothing for a folder of structures.
@@ -83,6 +84,7 @@ def read_run_config(config: str | Path | Mapping[str, Any] | DictConfig) -> RunC
     given: Any = config
     root: DictConfig = read_config(source) if source is not None else OmegaConf.create(dict(given))
     prefix = f"{source}: " if source else ""
+    refuse_hydra_keys(root, prefix or "the training config: ")
     for key in root:
         if key not in (*_SECTIONS, *_OTHERS):
             raise BadInput(f"{prefix}no section {str(key)!r}{did_you_mean(str(key), list(_SECTIONS))}")

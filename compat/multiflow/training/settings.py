@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ....configs.kernel import did_you_mean
+from ....configs.seeds import generator_seed
 from ..config.sections import Section, as_data, checked
 
 
@@ -64,7 +65,7 @@ class ExperimentConfig(StrictSection):
     """
 
     debug: bool = False
-    seed: int = Field(default=123, ge=0)
+    seed: int = 123
     num_devices: int = Field(default=1, ge=1)
     warm_start: str | None = None
     warm_start_cfg_override: bool = False
@@ -77,6 +78,11 @@ class ExperimentConfig(StrictSection):
     checkpointer: dict[str, Any] = Field(default_factory=lambda: {"every_n_epochs": 50, "save_top_k": -1})
     inference_dir: str | None = None
     logger: Literal["csv", "tensorboard", "wandb", "none"] | dict[str, Any] | list[Any] = "csv"
+
+    @field_validator("seed")
+    @classmethod
+    def _any_seed(cls, seed: int) -> int:
+        return generator_seed(seed)
 
 
 def as_training_config(section: object, where: str = "experiment.training") -> TrainingConfig:

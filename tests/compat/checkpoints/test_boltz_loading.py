@@ -202,7 +202,7 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     write_lightning(tmp_path / "none.ckpt", {"state_dict": {}})
     for name, message in {
         "empty.safetensors": "the file is empty",
-        "broken.safetensors": "no safetensors file, or cut short",
+        "broken.safetensors": "not a safetensors file, or cut short",
         "missing.safetensors": "there is no such file",
         "missing.ckpt": "there is no such file",
         "list.ckpt": "this holds list, not a checkpoint",

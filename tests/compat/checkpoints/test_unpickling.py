@@ -84,7 +84,7 @@ def hostile(canary: Path) -> dict[str, tuple[bytes, str | None]]:
         "os.system": (Calls(os.system, touch), f"{os.name}.system" if os.name == "nt" else "posix.system"),
         "eval": (Calls(eval, write), "builtins.eval"),
         "exec": (Calls(exec, write), "builtins.exec"),
-        "open": (Calls(open, str(canary), "w"), "io.open"),
+        "open": (Calls(open, str(canary), "w"), f"{open.__module__}.open"),  # _io from Python 3.13 on
         "import": (Calls(__import__, "antigravity"), "builtins.__import__"),
         "getattr": (Calls(getattr, "text", "format"), "builtins.getattr"),
         "popen": (Calls(subprocess.Popen, ["touch", str(canary)]), "subprocess.Popen"),
@@ -118,7 +118,7 @@ def hostile(canary: Path) -> dict[str, tuple[bytes, str | None]]:
         "codecs": (old_global("codecs", "encode", "x", "latin1"), "codecs.encode"),
         "old names": (old_global("__builtin__", "eval", write), "__builtin__.eval"),
         "file": (old_global("__builtin__", "file", str(canary), "w"), "__builtin__.file"),
-        "dotted path": (stack_global("pathlib", "os.system", touch), "pathlib.os.system"),
+        "dotted path": (stack_global("shutil", "os.system", touch), "shutil.os.system"),
         "dotted write": (stack_global("pathlib", "Path.touch", str(canary)), "pathlib.Path.touch"),
         "dotted argparse": (stack_global("argparse", "_os.system", touch), "argparse._os.system"),
         "dotted torch": (stack_global("torch", "_utils._rebuild_tensor_v2", "x"), "torch._utils._rebuild_tensor_v2"),

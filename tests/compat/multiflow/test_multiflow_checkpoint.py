@@ -269,7 +269,8 @@ def test_bad_input_prints_its_fix_and_pickles() -> None:
 
 def test_imports_are_light() -> None:
     code = (
-        "import sys; from foldkernels.compat.multiflow import checkpoint; from foldkernels.compat import unpickling\n"
+        "import sys; from foldkernels.compat.multiflow.checkpoint import files\n"
+        "from foldkernels.compat.checkpoints import unpickler\n"
         "heavy = {'torch', 'omegaconf', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

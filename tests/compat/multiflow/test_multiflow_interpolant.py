@@ -119,7 +119,13 @@ def test_replays_the_original(path: Path) -> None:
     np.random.seed(seed)
     interpolant = Interpolant(json.loads(metadata["interpolant"]))
     noisy, clean = interpolant.sample(
-        num_batch, num_res, model, num_timesteps=int(metadata["num_timesteps"]), **inputs, **flags
+        num_batch,
+        num_res,
+        model,
+        num_timesteps=int(metadata["num_timesteps"]),
+        rewrite_fixed_types=True,
+        **inputs,
+        **flags,
     )
     assert torch.equal(torch.rand(4), golden["rand_after"])
     if "rand_after_numpy" in golden:

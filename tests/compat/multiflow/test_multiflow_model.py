@@ -255,13 +255,13 @@ def test_batches_that_do_not_fit_are_named(
     assert len(str(caught.value).splitlines()) <= 3
 
 
-def test_too_long_is_said() -> None:
-    """A length beyond the position table is refused before anything is computed; the table's own length is not."""
-    model = small_model(model__node_features__max_num_res=16)
-    with record_kernels() as ran, pytest.raises(BadInput, match=r"17 residues.*\(16\)[\s\S]*max_num_res"):
-        model(batch_of("small/case_L17.safetensors"))
-    assert not ran
-    small_model(model__node_features__max_num_res=17)(batch_of("small/case_L17.safetensors"))
+def test_there_is_no_longest_length() -> None:
+    """`max_num_res` bounds nothing, as in the original: positions are sinusoids, and no table ends."""
+    batch = batch_of("small/case_L17.safetensors")
+    short, long = (small_model(model__node_features__max_num_res=size) for size in (16, 17))
+    long.load_state_dict(short.state_dict())
+    expected, found = long(batch), short(batch)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_weights_that_do_not_fit_are_listed_on_one_screen() -> None:

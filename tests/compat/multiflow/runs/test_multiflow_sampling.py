@@ -319,7 +319,9 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "both": ({"task": "inverse_folding", "pdb": PDB, "lengths": [5]}, "leave out lengths"),
     "unasked": ({"lengths": [5], "pdb": PDB}, "takes no structure"),
     "missing": ({"task": "inverse_folding", "pdb": "none.pdb"}, "no such file"),
-    "twice": ({"task": "inverse_folding", "pdb": [PDB, PDB]}, "two structures are named '1odh'"),
+    "no contigs": ({"task": "motif_scaffolding", "pdb": PDB}, "needs contigs"),
+    "contigs unasked": ({"lengths": [5], "contigs": "5/A20-30"}, "takes no contigs"),
+    "format": ({"lengths": [5], "form": "xyz"}, "format is 'xyz'"),
 }
 
 
