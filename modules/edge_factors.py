@@ -44,22 +44,28 @@ class EdgeFactors(nn.Module):
         self.edge_embedder = pair_perceptron(3 * feat_dim + 2 * num_bins, c_p)
 
     def forward(
-        self, s: Float[Tensor, "b n c_s"], t: Float[Tensor, "b n 3"], sc_t: Float[Tensor, "b n 3"]
+        self,
+        s: Float[Tensor, "b n c_s"],
+        t: Float[Tensor, "b n 3"],
+        sc_t: Float[Tensor, "b n 3"],
+        mask: Bool[Tensor, "b n"] | None = None,
     ) -> tuple[Float[Tensor, "b n rank c_p"], Float[Tensor, "b n rank c_p"]]:
         """The factors of the first (query's) and of the second (key's) residue of a pair.
 
-        There is no mask, as in the original: residues that do not take part are neighbours like any other, so where
-        padding stands changes the result. Neighbours change in jumps: distances pass no gradient.
+        Without a mask, as in the original, residues that do not take part are neighbours like any other, so padding
+        changes the result. Neighbours change in jumps: distances pass no gradient.
 
         Args:
             s: Single representation.
             t: Coordinates in Angstrom.
             sc_t: Coordinates of the last prediction, in Angstrom; zeros where there is none.
+            mask: True for residues that may be neighbours. Padding behind them then changes nothing, and where there
+                are fewer than k, the features of the missing ones are zero.
 
         Raises:
-            ValueError: There are fewer than k residues.
+            ValueError: There are fewer than k residues, and no mask is given.
         """
-        return embed_factors(self, s, t, sc_t)
+        return embed_factors(self, s, t, sc_t, mask)
 
 
 class FactorLayers(Protocol):
@@ -77,21 +83,29 @@ class FactorLayers(Protocol):
 
 
 def embed_factors(
-    layers: FactorLayers, s: Float[Tensor, "b n c_s"], t: Float[Tensor, "b n 3"], sc_t: Float[Tensor, "b n 3"]
+    layers: FactorLayers,
+    s: Float[Tensor, "b n c_s"],
+    t: Float[Tensor, "b n 3"],
+    sc_t: Float[Tensor, "b n 3"],
+    mask: Bool[Tensor, "b n"] | None = None,
 ) -> tuple[Float[Tensor, "b n rank c_p"], Float[Tensor, "b n rank c_p"]]:
     """What `EdgeFactors` computes, with any layers that have its parameters."""
     n, feat_dim, num_bins = s.shape[1], layers.feat_dim, layers.num_bins
     rank, k = layers.z_factor_rank, layers.k
-    if n < k:
+    if n < k and mask is None:
         raise ValueError(f"{n} residues are fewer than the {k} nearest neighbours (k) that the edge embedder reads")
 
     def sides(x: Float[Tensor, "b n sides_rank_d"]) -> Float[Tensor, "b 2 n rank d"]:
         return x.unflatten(-1, (2, rank, -1)).movedim(2, 1)
 
     def neighbours(positions: Float[Tensor, "b n 3"]) -> Float[Tensor, "b n k_features"]:
-        distances, indices = nearest_neighbours(positions, k)
+        distances, indices = nearest_neighbours(positions, min(k, n), mask)
         bins = distance_bins(distances, bin_edges(num_bins, distances)).to(s.dtype)
-        return torch.cat([bins, sinusoids(indices, feat_dim, MAX_RELATIVE_POSITION, s.dtype)], dim=-1).flatten(2)
+        waves = sinusoids(indices, feat_dim, MAX_RELATIVE_POSITION, s.dtype)
+        if mask is not None:  # an infinite distance lies in no bin
+            waves = torch.where(distances.isfinite()[..., None], waves, 0.0)
+        features = torch.cat([bins, waves], dim=-1).flatten(2)
+        return F.pad(features, (0, (k - n) * (num_bins + feat_dim))) if n < k else features
 
     waves = sinusoids(torch.arange(n, device=s.device), feat_dim, MAX_RELATIVE_POSITION, s.dtype)
     features = [

@@ -79,9 +79,9 @@ def unwrapped(weights: Mapping[str, Any], source: str) -> dict[str, Any]:
             )
         renamed[short], originals[short] = value, str(name)
     if taken:
-        marks = ", ".join(f"`{part}.` ({_WRAPPERS[part]})" for part in taken)
+        said = ", ".join(f"`{part}.` ({_WRAPPERS[part]})" for part in taken)
         warnings.warn(
-            f"{source}: saved from a wrapped model; {marks} is taken off the names of {max(taken.values())} weights",
+            f"{source}: saved from a wrapped model; {said} is taken off the names of {max(taken.values())} weights",
             stacklevel=2,
         )
     return renamed

@@ -37,6 +37,8 @@ class EdgeEmbedderConfig:
         mode: orig_no_bias, orig_2d_bias, flash_no_bias, flash_1d_bias or flash_2d_factorize_bias.
         k: Nearest neighbours, in mode flash_1d_bias.
         max_len: The longest length, in mode flash_2d_factorize_bias; no other mode has one.
+        masked_neighbors: Whether the neighbours of mode flash_1d_bias are residues that take part only, so that padding
+            changes nothing. Not FlashIPA's: its neighbours do not heed the mask.
     """
 
     z_factor_rank: int = 2
@@ -52,6 +54,7 @@ class EdgeEmbedderConfig:
     mode: str = "flash_1d_bias"
     k: int = 10
     max_len: int | None = None
+    masked_neighbors: bool = False
 
 
 class EdgeEmbedder(KernelModule):
@@ -82,6 +85,7 @@ class EdgeEmbedder(KernelModule):
         self.c_s, self.c_p = module_cfg.c_s, module_cfg.c_p
         self.feat_dim, self.num_bins = module_cfg.feat_dim, module_cfg.num_bins
         self.max_len = getattr(module_cfg, "max_len", None)
+        self.masked_neighbors: bool = getattr(module_cfg, "masked_neighbors", False)
         f, bins = self.feat_dim, self.num_bins
         if self.mode == "flash_1d_bias":
             rank = self.z_factor_rank = module_cfg.z_factor_rank
@@ -131,7 +135,8 @@ class EdgeEmbedder(KernelModule):
             node_embed: Single representation.
             translations: Coordinates in Angstrom.
             trans_sc: Coordinates of the last prediction, in Angstrom; zeros where there is none.
-            node_mask: 1 (or True) for residues that take part. The neighbours of mode flash_1d_bias do not heed it.
+            node_mask: 1 (or True) for residues that take part. The neighbours of mode flash_1d_bias do not heed it,
+                unless `masked_neighbors` says so.
             edge_embed: A pair representation to use in place of the one that would be computed. In mode
                 flash_2d_factorize_bias it is factorised as it is, unmasked.
             edge_mask: 1 for pairs that take part; by default those of residues that do.
@@ -143,7 +148,7 @@ class EdgeEmbedder(KernelModule):
 
         Raises:
             BadInput: Pairs are given in a mode that has none.
-            ValueError: There are more residues than `max_len`, or fewer than `k`.
+            ValueError: There are more residues than `max_len`, or fewer than `k` without `masked_neighbors`.
         """
         if self.mode not in _DENSE:
             if edge_embed is not None or edge_mask is not None:
@@ -154,7 +159,8 @@ class EdgeEmbedder(KernelModule):
                 )
             if self.mode != "flash_1d_bias":
                 return None, None, None, None
-            return None, *embed_factors(self, node_embed, translations, trans_sc), None
+            mask = boolean(node_mask) if self.masked_neighbors else None
+            return None, *embed_factors(self, node_embed, translations, trans_sc, mask), None
         if self.mode == "flash_2d_factorize_bias" and self.max_len is not None and node_embed.shape[1] > self.max_len:
             # Before the pairs are formed: they may not fit.
             raise BadInput(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .patching import patch
     from .runs.rank import Worker
     from .runs.sampling import run_sampling
+    from .structures.reading import read_structure
     from .training import corrupt_batch, losses, self_condition
 
 # Loaded when asked for: reading a checkpoint needs none of what sampling needs.
@@ -27,6 +28,7 @@ _HOMES = {
     "losses": "training",
     "patch": "patching",
     "read_checkpoint": "checkpoint.files",
+    "read_structure": "structures.reading",
     "run_sampling": "runs.sampling",
     "self_condition": "training",
     "write_safetensors": "checkpoint.files",
@@ -42,6 +44,7 @@ __all__ = [
     "losses",
     "patch",
     "read_checkpoint",
+    "read_structure",
     "run_sampling",
     "self_condition",
     "write_safetensors",

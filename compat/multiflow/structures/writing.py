@@ -191,14 +191,11 @@ def _model(
     import gemmi
 
     temperatures = [0.0] * num_res if b_factors is None else b_factors.tolist()
-    names, insertions = _CHAIN_NAMES, ("",) * num_res
+    names: Sequence[str] = _CHAIN_NAMES
+    insertions: Sequence[str] = ("",) * num_res
     if labels is not None:
-        names, chain_index, residue_index, insertions = (  # type: ignore[assignment]
-            labels.chains,
-            labels.chain_index,
-            labels.numbers,
-            labels.insertions,
-        )
+        names, insertions = labels.chains, labels.insertions
+        chain_index, residue_index = labels.chain_index, labels.numbers
     chain_numbers = [0] * num_res if chain_index is None else (chain_index - chain_index.min()).tolist()
     numbers = list(range(num_res)) if residue_index is None else residue_index.tolist()
     if not len(chain_numbers) == len(numbers) == len(insertions) == num_res:
