@@ -13,7 +13,7 @@ Under `bfloat16` operations get tensors in bfloat16, layers and models run under
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foldkernels.kernels.hardware import tf32
 from foldkernels.kernels.testing import accuracy, contract_grid
 from foldkernels.kernels.testing.cases.builders import SIZES, make
 from foldkernels.kernels.testing.cases.case import Case
@@ -78,15 +79,9 @@ class Item:
         return " ".join(word for word in (*words, size, f"{self.gib:g} GiB" if self.gib else "") if word)
 
 
-@contextmanager
-def rounding(item: Item) -> Iterator[None]:
+def rounding(item: Item) -> AbstractContextManager[None]:
     """PyTorch's own switch for float32 products, as the item wants it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if item.precision == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return tf32.switched(item.precision == "tf32")
 
 
 def autocast(item: Item, device: str) -> Any:

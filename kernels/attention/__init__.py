@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..dtypes import any_requires_grad, cast, floating_type, require_one_device, without_autocast
-from ..registry import function_for, register_operation
+from ..hardware import tf32
+from ..registry import function_for, precision, register_operation
 from ..registry.types import Operation
 
 OPERATION = register_operation(
@@ -61,7 +62,7 @@ def attention(
         options=("dropout",) if keep is not None else (),
     )
     dtype = floating_type(q)
-    with without_autocast(q):
+    with without_autocast(q), tf32.allowance(q, precision(config)):
         out: Tensor = run(cast(q, dtype), cast(k, dtype), cast(v, dtype), mask, keep, dropout)
     return out
 
@@ -98,6 +99,6 @@ def attention_maps(
         options=("maps",),
     )
     dtype = floating_type(q)
-    with without_autocast(q):
+    with without_autocast(q), tf32.allowance(q, precision(config)):
         maps: Tensor = run(cast(q, dtype), cast(k, dtype), None, mask)
     return maps

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..common.double_backward import no_double_backward
 from ..dtypes import widest
+from ..hardware.tf32 import as_remembered, remembering
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
@@ -58,5 +59,5 @@ def _backward(ctx, d_out):  # type: ignore[no-untyped-def]
     return *attention_dropped_backward(d_out, *ctx.saved_tensors, ctx.dropout), None, None, None
 
 
-attention_dropped.register_autograd(_backward, setup_context=_keep)
+attention_dropped.register_autograd(as_remembered(_backward), setup_context=remembering(_keep))
 no_double_backward(attention_dropped_backward, operation="attention", kernel="torch")

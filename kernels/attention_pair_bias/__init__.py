@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..common.pair_projection import PairProjection, pair_bias
 from ..dtypes import any_requires_grad, cast, floating_type, require_one_device, without_autocast
-from ..registry import function_for, register_operation
+from ..hardware import tf32
+from ..registry import function_for, precision, register_operation
 from ..registry.types import Operation
 
 __all__ = ["OPERATION", "PairProjection", "attention_pair_bias", "pair_bias"]
@@ -81,7 +82,7 @@ def attention_pair_bias(
         options=("cross",) if n != m else (),
     )
     dtype = floating_type(q)
-    with without_autocast(q):
+    with without_autocast(q), tf32.allowance(q, precision(config)):
         if mask is not None and mask.shape[0] != s:
             mask = mask.repeat_interleave(s // mask.shape[0], 0)
         given = cast(bias, dtype) if bias is not None else z

@@ -12,6 +12,7 @@ from triton.runtime.errors import OutOfResources
 
 from ..common.double_backward import no_double_backward
 from ..hardware import machine
+from ..hardware.tf32 import allowed, as_remembered, remembering
 from ..triton_tools import _language
 from ..triton_tools._language import INTERPRETED
 from ..triton_tools.tile_cache import TileCache, length_class, source_of
@@ -69,7 +70,7 @@ class _Call:
         self.j = k.shape[-2]
         self.capability = machine.capability("cuda", q.device.index) if q.is_cuda else _CHIP_OF_THE_INTERPRETER
         # PyTorch's own switch for float32 products; without it, they are exact. AMD's chips have no tf32 for all.
-        rounded = torch.get_float32_matmul_precision() != "highest" and self.capability is not None
+        rounded = allowed() and self.capability is not None
         self.precision = "tf32" if q.dtype is torch.float32 and rounded else "ieee"
 
     @property
@@ -231,6 +232,6 @@ def fused(operation: str) -> Any:
     def gradients(ctx, d_out, _):  # type: ignore[no-untyped-def]
         return *backward(d_out, *ctx.saved_tensors), None
 
-    forward.register_autograd(gradients, setup_context=keep)
+    forward.register_autograd(as_remembered(gradients), setup_context=remembering(keep))
     no_double_backward(backward, operation=operation, kernel="triton")
     return forward

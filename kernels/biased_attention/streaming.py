@@ -16,6 +16,7 @@ from ..common.blocking import Scratch, block_dtype, pairs_per_block, slices
 from ..common.double_backward import no_double_backward
 from ..common.matmul import dot_product_attention
 from ..dtypes import widest
+from ..hardware.tf32 import as_remembered, remembering
 
 _LOGITS_PER_PAIR = 128  # a block of logits may be as large as a block of pairs with their channels
 
@@ -241,6 +242,6 @@ def streamed(operation: str) -> Any:
     def gradients(ctx, d_out):  # type: ignore[no-untyped-def]
         return *backward(d_out, *ctx.saved_tensors), None
 
-    forward.register_autograd(gradients, setup_context=keep)
+    forward.register_autograd(as_remembered(gradients), setup_context=remembering(keep))
     no_double_backward(backward, operation=operation, kernel="torch")
     return forward

@@ -5,6 +5,7 @@ Facts are from its documentation and release notes; nothing of `cuequivariance_o
 
 import torch
 
+from ..hardware import tf32
 from ..registry.types import Reason, Request
 
 NEEDS = ("cuequivariance-torch>=0.13",)
@@ -75,8 +76,8 @@ def check_backward(dtype: torch.dtype, grad: bool) -> None:
     Raises:
         RuntimeError: It would compute in tf32, which PyTorch forbids.
     """
-    if grad and dtype is torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+    if grad and dtype is torch.float32 and not tf32.allowed():
         raise RuntimeError(
             "cuEquivariance's float32 backward pass of attention computes in tf32, which PyTorch forbids here: set "
-            "torch.backends.cuda.matmul.allow_tf32 = True, or use bfloat16 or kernel 'torch'"
+            "precision: tf32, or torch.backends.cuda.matmul.allow_tf32 = True, or use bfloat16 or kernel 'torch'"
         )

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..dtypes import require_one_device, widest
+from ..hardware.tf32 import as_remembered, remembering
 from .blocking import block_dtype, norm_dtype, row_blocks
 from .double_backward import no_double_backward
 from .matmul import accumulate_
@@ -106,7 +107,7 @@ def _backward(ctx, d_bias):  # type: ignore[no-untyped-def]
     return dz, *((of_scale, of_shift) if norm_weight is not None else (None, None)), of_weight, None
 
 
-pair_bias_streamed.register_autograd(_backward, setup_context=_keep)
+pair_bias_streamed.register_autograd(as_remembered(_backward), setup_context=remembering(_keep))
 no_double_backward(pair_bias_streamed_backward, operation="attention_pair_bias", kernel="torch")
 
 

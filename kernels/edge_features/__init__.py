@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..dtypes import any_requires_grad, floating_type, in_use, require_one_device, without_autocast
-from ..registry import function_for, register_operation
+from ..hardware import tf32
+from ..registry import function_for, precision, register_operation
 from ..registry.types import Operation
 
 OPERATION = register_operation(
@@ -88,7 +89,7 @@ def edge_features(
         options=in_use(chain=chain, diffuse=diffuse),
     )
     dtype = out_dtype or floating_type(nodes)
-    with without_autocast(nodes):
+    with without_autocast(nodes), tf32.allowance(nodes, precision(config)):
         out: Tensor = run(
             nodes,
             positions.detach() if positions.requires_grad else positions,

@@ -7,6 +7,7 @@ from ..common.blocking import Scratch, block_dtype, row_blocks
 from ..common.double_backward import no_double_backward
 from ..common.pair_blocks import zeros_like_wide
 from ..dtypes import TensorList, item_masks
+from ..hardware.tf32 import as_remembered, remembering
 from ._rows import Geometry, Split, backward_rows, forward_rows, prepare
 
 
@@ -80,5 +81,5 @@ def _backward(ctx, d_out):  # type: ignore[no-untyped-def]
     return d_parts, None, None, None, None, None, None, None
 
 
-edge_features_streamed.register_autograd(_backward, setup_context=_keep)
+edge_features_streamed.register_autograd(as_remembered(_backward), setup_context=remembering(_keep))
 no_double_backward(edge_features_streamed_backward, operation="edge_features", kernel="torch")

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..dtypes import any_requires_grad, cast, floating_type, require_one_device, without_autocast
+from ..hardware import tf32
 from ..registry import function_for, precision, register_operation
 from ..registry.types import Operation
 
@@ -72,6 +73,6 @@ def edge_transition(
     )
     dtype = floating_type(z)
     rounded = dtype is pytorch.float32 and precision(config) == "bfloat16"
-    with without_autocast(z):
+    with without_autocast(z), tf32.allowance(z, precision(config)):
         out: Tensor = run(nodes, cast(z, pytorch.bfloat16) if rounded else cast(z, dtype), *weights, mask, eps)
     return cast(out, dtype)

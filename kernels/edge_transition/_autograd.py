@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..common.double_backward import no_double_backward
+from ..hardware.tf32 import as_remembered, remembering
 
 
 def differentiate(operator: Any, backward: Any, *, kernel: str) -> None:
@@ -24,5 +25,5 @@ def differentiate(operator: Any, backward: Any, *, kernel: str) -> None:
         dz, *d_parts = backward(d_out, z, parts, mask, ctx.eps)
         return dz, d_parts, None, None
 
-    operator.register_autograd(ask, setup_context=keep)
+    operator.register_autograd(as_remembered(ask), setup_context=remembering(keep))
     no_double_backward(backward, operation="edge_transition", kernel=kernel)

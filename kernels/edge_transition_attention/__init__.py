@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..dtypes import any_requires_grad, floating_type, require_one_device, without_autocast
-from ..registry import common_kernel, function_for, register_operation
+from ..hardware import tf32
+from ..registry import common_kernel, function_for, precision, register_operation
 from ..registry.types import Operation
 
 OPERATION = register_operation(
@@ -100,6 +101,6 @@ def edge_transition_attention(
         config=config,
     )
     attention = (q, k, v, q_points, k_points, v_points, point_weights, bias_weight)
-    with without_autocast(z):
+    with without_autocast(z), tf32.allowance(z, precision(config)):
         out: Attended = run(nodes, z, edge_weights, attention, mask, eps, keep_z, overwrite_z and not grad)
     return out

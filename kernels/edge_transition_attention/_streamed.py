@@ -8,6 +8,7 @@ from ..common.double_backward import no_double_backward
 from ..common.pair_blocks import layer_norm_rows
 from ..dtypes import TensorList, item_masks
 from ..edge_transition import _rows as edge
+from ..hardware.tf32 import as_remembered, remembering
 from ..invariant_point_attention import _rows as ipa
 
 
@@ -143,5 +144,5 @@ def _backward(ctx, d_z, d_out, d_pair):  # type: ignore[no-untyped-def]
     return dz, d_parts, dq, dk, dv, d_weight, None, None, None
 
 
-fused_streamed.register_autograd(_backward, setup_context=_keep)
+fused_streamed.register_autograd(as_remembered(_backward), setup_context=remembering(_keep))
 no_double_backward(fused_streamed_backward, operation="edge_transition_attention", kernel="torch")

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..dtypes import any_requires_grad, cast, floating_type, in_use, require_one_device, without_autocast
+from ..hardware import tf32
 from ..registry import function_for, precision, register_operation
 from ..registry.types import Operation
 
@@ -101,7 +102,7 @@ def factorized_point_attention(
     z1, z2 = pair_factors or (None, None)
     read = (q, k, v, q_points, k_points, v_points, point_weights, b1, b2, z1, z2)
     require_one_device(*read, mask)
-    with without_autocast(q):
+    with without_autocast(q), tf32.allowance(q, precision(config)):
         run = function_for(
             OPERATION.name,
             q if inner is q.dtype else q.new_empty(0, dtype=inner),

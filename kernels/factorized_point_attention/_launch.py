@@ -10,6 +10,7 @@ from triton.runtime.errors import OutOfResources
 
 from ..common.double_backward import no_double_backward
 from ..hardware import machine
+from ..hardware.tf32 import as_remembered, remembering
 from ..triton_tools import _language
 from ..triton_tools._language import INTERPRETED
 from ..triton_tools.tile_cache import TileCache, length_class, source_of
@@ -173,5 +174,5 @@ def _backward(ctx, d_out, d_out_f, _):  # type: ignore[no-untyped-def]
     return *factorized_point_attention_triton_backward(d_out, d_out_f, *ctx.saved_tensors), None
 
 
-factorized_point_attention_triton.register_autograd(_backward, setup_context=_keep)
+factorized_point_attention_triton.register_autograd(as_remembered(_backward), setup_context=remembering(_keep))
 no_double_backward(factorized_point_attention_triton_backward, operation="factorized_point_attention", kernel="triton")

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..common.blocking import Scratch
 from ..common.double_backward import no_double_backward
 from ..dtypes import without_autocast
+from ..hardware.tf32 import as_remembered, remembering
 from ._heads import Gradients, Heads, Inputs, head_groups
 
 
@@ -102,5 +103,5 @@ def _backward(ctx, d_out, d_points, d_pairs):  # type: ignore[no-untyped-def]
     return *factorized_streamed_backward(d_out, d_points, d_pairs, *ctx.saved_tensors), None, None
 
 
-factorized_streamed.register_autograd(_backward, setup_context=_keep)
+factorized_streamed.register_autograd(as_remembered(_backward), setup_context=remembering(_keep))
 no_double_backward(factorized_streamed_backward, operation="factorized_point_attention", kernel="torch")

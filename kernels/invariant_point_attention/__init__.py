@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..dtypes import any_requires_grad, cast, floating_type, in_use, require_one_device, without_autocast
+from ..hardware import tf32
 from ..registry import function_for, precision, register_operation
 from ..registry.types import Operation
 
@@ -89,7 +90,7 @@ def invariant_point_attention(
     # A CPU and a Mac multiply z by a few heads in float32, whatever it is held in: to round it first gains nothing.
     narrow = z.device.type not in ("cpu", "mps")
     rounded = narrow and dtype is pytorch.float32 and precision(config) == "bfloat16"
-    with without_autocast(q):
+    with without_autocast(q), tf32.allowance(q, precision(config)):
         out: tuple[Tensor, Tensor, Tensor] = run(
             cast(q, dtype),
             cast(k, dtype),

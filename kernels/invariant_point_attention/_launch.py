@@ -13,6 +13,7 @@ from triton.runtime.errors import OutOfResources
 from ..common.double_backward import no_double_backward
 from ..dtypes import without_autocast
 from ..hardware import machine
+from ..hardware.tf32 import allowed, as_remembered, remembering
 from ..triton_tools import _language
 from ..triton_tools._language import INTERPRETED
 from ..triton_tools.tile_cache import TileCache, length_class, source_of
@@ -70,7 +71,7 @@ class Call:
         if self.halves:
             self.precision = "ieee"
         else:  # PyTorch's own switch for float32 products
-            self.precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+            self.precision = "tf32" if allowed() else "tf32x3"
 
     @property
     def empty(self) -> bool:
@@ -359,5 +360,5 @@ def _gradients(ctx, d_out, d_pair, _):  # type: ignore[no-untyped-def]
     return *ipa_triton_backward(*given), None, None, None
 
 
-ipa_triton.register_autograd(_gradients, setup_context=_keep)
+ipa_triton.register_autograd(as_remembered(_gradients), setup_context=remembering(_keep))
 no_double_backward(ipa_triton_backward, operation="invariant_point_attention", kernel="triton")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..common.blocking import attended_dtype, row_blocks
 from ..common.double_backward import no_double_backward
+from ..hardware.tf32 import as_remembered, remembering
 from ._rows import Backward, Forward
 
 
@@ -68,5 +69,5 @@ def _backward(ctx, d_out, d_pair):  # type: ignore[no-untyped-def]
     return *ipa_streamed_backward(d_out.contiguous(), d_pair.contiguous(), *ctx.saved_tensors), None, None
 
 
-ipa_streamed.register_autograd(_backward, setup_context=_keep)
+ipa_streamed.register_autograd(as_remembered(_backward), setup_context=remembering(_keep))
 no_double_backward(ipa_streamed_backward, operation="invariant_point_attention", kernel="torch")

@@ -9,7 +9,7 @@ computed from them, stay in float32, as the operations promise.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from ...configs.kernel import KernelConfig
 from ...configs.presets import OPERATIONS
 from .. import registry
+from ..hardware import tf32
 from ..registry.types import Dims, Reason, Request
 from .cases.case import Case
 from .cases.memory_layouts import stored
@@ -325,15 +326,9 @@ def reasons(
     return registry.reasons_against(registry.kernels(case.operation)[kernel], request)
 
 
-@contextmanager
-def rounding(precision: str) -> Iterator[None]:
+def rounding(precision: str) -> AbstractContextManager[None]:
     """PyTorch's own switch for float32 products, which kernels read: "tf32" or nothing less than float32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return tf32.switched(precision == "tf32")
 
 
 def rule_of(dtype: torch.dtype, precision: str, device: str) -> torch.dtype:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dtypes import any_requires_grad, cast, floating_type, require_one_device, without_autocast
-from ..registry import common_kernel, function_for, register_operation
+from ..hardware import tf32
+from ..registry import common_kernel, function_for, precision, register_operation
 from ..registry.types import Operation
 from ..triangle_attention import triangle_attention
 
@@ -100,7 +101,7 @@ def one_pass(
     """The update by a kernel that does all of it."""
     run = function_for(OPERATION.name, z, config=config, **_sizes(z, weights))
     dtype = floating_type(z)
-    with without_autocast(z):
+    with without_autocast(z), tf32.allowance(z, precision(config)):
         out: Tensor = run(cast(z, dtype), mask, weights, ending, eps)
     return out
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..common.blocking import row_blocks
 from ..common.double_backward import no_double_backward
 from ..dtypes import TensorList, widest
+from ..hardware.tf32 import as_remembered, remembering
 from ._rows import Backward, Forward
 
 
@@ -88,7 +89,7 @@ def _backward(ctx, d_out):  # type: ignore[no-untyped-def]
     return dz, None, d_weights, *of_biases, None, None
 
 
-triangle_attention_update_streamed.register_autograd(_backward, setup_context=_keep)
+triangle_attention_update_streamed.register_autograd(as_remembered(_backward), setup_context=remembering(_keep))
 no_double_backward(
     triangle_attention_update_streamed_backward,
     operation="triangle_attention_update",

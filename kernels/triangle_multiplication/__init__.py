@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..dtypes import any_requires_grad, cast, floating_type, require_one_device, without_autocast
-from ..registry import function_for, register_operation
+from ..hardware import tf32
+from ..registry import function_for, precision, register_operation
 from ..registry.types import Operation
 
 Direction = Literal["outgoing", "incoming"]
@@ -91,6 +92,6 @@ def triangle_multiplication(
         options=("bias",) if any(bias is not None for bias in list(weights)[8:]) else (),
     )
     dtype = floating_type(z)
-    with without_autocast(z):
+    with without_autocast(z), tf32.allowance(z, precision(config)):
         out: Tensor = run(cast(z, dtype), mask, weights, direction, eps)
     return out

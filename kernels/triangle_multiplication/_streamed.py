@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..common.double_backward import no_double_backward
 from ..dtypes import TensorList
+from ..hardware.tf32 import as_remembered, remembering
 from . import Weights
 from ._channels import backward_item, forward_item, prepare
 
@@ -88,5 +89,5 @@ def _backward(ctx, d_out):  # type: ignore[no-untyped-def]
     return dz, None, found[:8], *d_biases, None, None
 
 
-triangle_multiplication_streamed.register_autograd(_backward, setup_context=_keep)
+triangle_multiplication_streamed.register_autograd(as_remembered(_backward), setup_context=remembering(_keep))
 no_double_backward(triangle_multiplication_streamed_backward, operation="triangle_multiplication", kernel="torch")

@@ -15,6 +15,7 @@ from foldkernels.cli.doctor.environment_variables import OURS
 from foldkernels.cli.main import main
 from foldkernels.kernels import registry
 from foldkernels.kernels.attention import attention, reference
+from foldkernels.kernels.hardware import tf32
 from foldkernels.kernels.invariant_point_attention import reference as ipa_reference
 from foldkernels.kernels.registry.binding import Use
 from foldkernels.kernels.registry.types import Operation, Reason, serves_everything
@@ -331,7 +332,7 @@ def test_tf32_is_a_setting_and_float16_a_type(call):
         return [Reason("no float16 here", "use bfloat16")] if request.dtype is torch.float16 else []
 
     def rounds(q: Tensor, *rest: Any) -> Tensor:
-        assert torch.get_float32_matmul_precision() == ("high" if settings[-1] == "tf32" else "highest")
+        assert tf32.allowed() is (settings[-1] == "tf32")
         return reference.run(q, *rest)
 
     settings: list[str] = []
@@ -345,7 +346,7 @@ def test_tf32_is_a_setting_and_float16_a_type(call):
     assert ("tf32", torch.float32) in asked and ("float32", torch.float16) in asked
     assert [row["why"] for row in report["not_checked"] if row["kernel"] == "planted"] == ["no float16 here"]
     assert "held to float32's rule" in report["notes"][0]
-    assert torch.get_float32_matmul_precision() == "highest"
+    assert not tf32.allowed() and torch.get_float32_matmul_precision() == "highest"
     # float16 is held to more than bfloat16 is: what rounds to bfloat16 does not pass.
     planted(lambda q, *rest: reference.run(q, *rest).bfloat16().to(q.dtype), "coarse")
     code, report = call(*words, "--precision", "float16")
