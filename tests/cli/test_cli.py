@@ -239,6 +239,22 @@ def test_a_length_beyond_what_models_are_trained_at(call, copy, goldens, tmp_pat
     assert "trained" not in done.err
 
 
+def test_a_motif_as_mmcif_with_any_seed(call, small, goldens, tmp_path):
+    done = call(
+        *("sample", small, "--task", "motif_scaffolding", "--pdb", goldens / "pdb", "--contigs", "2-4/A60-64/3"),
+        *("--length", "11-12", "--num", 2, "--seed", -7, "--format", "mmcif", "--timesteps", 2, "--json"),
+        *("--out", tmp_path / "out"),
+    )
+    assert done.code == 0, done.err
+    written = json.loads(done.out)["written"]
+    assert len(written) == 2
+    for folder in written:
+        files = {path.name for path in Path(folder).iterdir()}
+        assert files == {"bb_traj.cif", "contigs.json", "sample.cif", "sample.fasta", "x0_traj.cif"}
+        kept = json.loads((Path(folder) / "contigs.json").read_text())["kept"]
+        assert [entry["from_number"] for entry in kept] == [60, 61, 62, 63, 64]
+
+
 def test_nan_among_the_coordinates(call, small, goldens, tmp_path):
     lines = (goldens / "pdb" / "1odh.pdb").read_text().splitlines(keepends=True)
     at = next(i for i, line in enumerate(lines) if line.startswith("ATOM") and line[12:16].strip() == "CA")

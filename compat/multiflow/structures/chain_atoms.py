@@ -90,7 +90,7 @@ def read_atoms(path: Path, wanted: Collection[str] | None = None) -> FileAtoms:
     """
     text, form = read_text(path)
     parts, header, notes = _records(path, text, form)
-    parents = {modified.res_id.name: modified.parent_comp_id for modified in header.mod_residues}
+    parents = _parents(header)
     _model(header, parts)
     names = tuple(part.name for part in parts)
     chains = [
@@ -119,7 +119,7 @@ def _records(path: Path, text: str, form: Format) -> tuple[list[ChainRecord], An
         if not residue.chain.isascii() or not all(name.isascii() for name in residue.types):
             name = next(name for name in (residue.chain, *residue.types) if not name.isascii())
             raise BadInput(f"{path} cannot be read: a name in it is no text ({name!r})", "write the file anew")
-    parents = {modified.res_id.name: modified.parent_comp_id for modified in header.mod_residues}
+    parents = _parents(header)
     parts, shared = chains_of(
         residues,
         ends,
@@ -128,6 +128,14 @@ def _records(path: Path, text: str, form: Format) -> tuple[list[ChainRecord], An
         stated_lengths=stated,
     )
     return parts, header, [*notes, *shared]
+
+
+def _parents(header: Any) -> dict[str, str]:
+    """What the file says that its modified residues come from."""
+    try:
+        return {modified.res_id.name: modified.parent_comp_id for modified in header.mod_residues}
+    except UnicodeDecodeError:  # gemmi hands on names as they are
+        return {}
 
 
 def _may_be_amino_acid(residue: ResidueRecord, parents: dict[str, str]) -> bool:
@@ -178,7 +186,8 @@ def _atom(record: AtomRecord) -> Any:
 
     atom = gemmi.Atom()
     atom.name = record.name
-    atom.altloc = record.altloc[:1] or "\0"
+    place = record.altloc[:1]
+    atom.altloc = (place if place.isascii() else "?") or "\0"
     atom.pos = gemmi.Position(*record.position)
     atom.occ, atom.b_iso = record.occupancy, record.b_factor
     atom.element = gemmi.Element("N" if record.name == "N" else "C")

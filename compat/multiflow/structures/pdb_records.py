@@ -60,7 +60,7 @@ def read_pdb(path: Path, text: str) -> PdbRecords:
         )
     header = "\n".join(line for line in lines if line[:6].rstrip() in ("HEADER", "REMARK", "MODRES", "EXPDTA"))
     try:
-        about = gemmi.read_pdb_string(header + "\nEND\n")
+        about = gemmi.read_pdb_string(header.encode("ascii", "replace") + b"\nEND\n")
     except (RuntimeError, ValueError):  # a remark that is not as the format has it: it says nothing then
         about = gemmi.Structure()
     while len(about):

@@ -103,7 +103,10 @@ def read_structure(
     if not parts:
         where = f" in chain {', '.join(wanted)}" if wanted else ""
         left_out = f" ({len(skipped)} left out, the first: {skipped[0]})" if skipped else ""
-        raise BadInput(f"{path} holds no amino acid with the atoms N, CA and C{where}{left_out}")
+        raise BadInput(
+            f"{path} holds no amino acid with the atoms N, CA and C{where}{left_out}",
+            "pass a protein with its backbone: a trace of CA atoms, a ligand or a nucleic acid has none",
+        )
     atoms = np.concatenate([part.atoms[whole] for part, whole in parts])
     letters = "".join(letter for part, whole in parts for letter, kept in zip(part.letters, whole, strict=True) if kept)
     numbers = [part.numbers[whole] for part, whole in parts]

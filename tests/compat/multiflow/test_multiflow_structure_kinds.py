@@ -338,3 +338,14 @@ def test_a_segment_inside_a_chain(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         backbone = read(tmp_path, cif_text(rows), "x.cif")
     assert (backbone.sequence, backbone.chains) == ("AGLMKEVD", ("A",))
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    """Bytes that are no ASCII, where names stand: read with what is left, or refused, and nothing else."""
+    lines = pdb_lines()
+    lines[1] = lines[1][:16] + "\xc3" + lines[1][17:]
+    assert read(tmp_path, "\n".join(lines).encode("latin-1")).sequence == LETTERS
+    remark = "MODRES 1ABC \xc3\xa9Z A    9  SER  SOMETHING\nREMARK   3 \xb5\n"
+    assert read(tmp_path, (remark + PLAIN).encode("latin-1")).sequence == LETTERS
+    with pytest.raises(BadInput, match="a name in it is no text"):
+        read(tmp_path, PLAIN.replace(" A ", " \xff ").encode("latin-1"))

@@ -288,3 +288,11 @@ def test_a_motif_in_two_chains(model: Any, dimer: Path, tmp_path: Path) -> None:
         "B": [str(number) for number in range(5)],
     }
     assert (folder / "sample.fasta").read_text().count(">") == 2
+
+
+def test_any_seed_in_a_training_config() -> None:
+    from foldkernels.compat.multiflow.training.settings import ExperimentConfig
+
+    assert ExperimentConfig(seed=7).seed == 7
+    for seed in (-3, 2**70):
+        assert ExperimentConfig(seed=seed).seed == generator_seed(seed)
