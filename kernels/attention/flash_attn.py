@@ -54,4 +54,5 @@ register(
     load=load,
     # Its backward pass adds up dq in whatever order the blocks come.
     deterministic=False,
+    transforms=frozenset(),
 )

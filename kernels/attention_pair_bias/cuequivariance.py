@@ -61,4 +61,5 @@ register(
     load=load,
     deterministic=False,
     thresholds=ATTENTION_THRESHOLDS,
+    transforms=frozenset(),
 )

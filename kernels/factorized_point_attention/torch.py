@@ -15,10 +15,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..common.determinism import reasons_against_unordered_sums
 from ..common.double_backward import fused_by_pytorch
 from ..common.matmul import dot_product_attention
 from ..registry import register
-from ..registry.types import KernelFunction, serves_everything
+from ..registry.types import KernelFunction, Reason, Request
 from ._lifting import centroid, lift, split_values, times_query_factor
 from ._streamed import factorized_streamed
 
@@ -102,8 +103,15 @@ def _streamed(
     return out, attended.unflatten(-1, (-1, 3)) + centre * there, pair
 
 
+def supports(request: Request) -> list[Reason]:
+    """Refuse deterministic training on a GPU."""
+    return reasons_against_unordered_sums(request, "the backward pass of scaled_dot_product_attention")
+
+
 def load() -> KernelFunction:
     return run
 
 
-register(operation="factorized_point_attention", name="torch", supports=serves_everything, load=load)
+register(
+    operation="factorized_point_attention", name="torch", supports=supports, load=load, transforms=frozenset()
+)

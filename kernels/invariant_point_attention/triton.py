@@ -58,5 +58,10 @@ def load() -> KernelFunction:
 
 
 register(
-    operation="invariant_point_attention", name="triton", needs=("triton>=3.6",), supports=reasons_against, load=load
+    operation="invariant_point_attention",
+    name="triton",
+    needs=("triton>=3.6",),
+    supports=reasons_against,
+    load=load,
+    transforms=frozenset(),
 )

@@ -12,6 +12,10 @@ import torch
 KernelFunction = Callable[..., Any]
 
 
+#: What plain PyTorch goes through, and a custom operator does not.
+ALL_TRANSFORMS = frozenset({"forward", "func"})
+
+
 @dataclass(frozen=True)
 class Reason:
     """Why a kernel cannot serve a request, and what the user can do about it. Neither ends in a full stop."""
@@ -127,6 +131,8 @@ class Kernel:
         backward: Whether it has a backward pass.
         deterministic: Whether its results are the same in every run.
         thresholds: The lengths at which `supports` changes its answer: it may compare the length with these only.
+        transforms: Which transforms go through it: "forward" (forward-mode differentiation, `torch.func.jvp`) and
+            "func" (`torch.func.grad`, `vmap` and what is made of them). A call under another one raises.
     """
 
     operation: str
@@ -137,6 +143,7 @@ class Kernel:
     backward: bool = True
     deterministic: bool = True
     thresholds: tuple[int, ...] = ()
+    transforms: frozenset[str] = ALL_TRANSFORMS
 
 
 @dataclass(frozen=True)

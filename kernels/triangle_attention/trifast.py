@@ -63,4 +63,5 @@ register(
     load=load,
     # It tunes itself on first use, and block sizes change the order of sums.
     deterministic=False,
+    transforms=frozenset(),
 )

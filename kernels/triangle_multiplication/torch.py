@@ -27,4 +27,6 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="triangle_multiplication", name="torch", supports=serves_everything, load=load)
+register(
+    operation="triangle_multiplication", name="torch", supports=serves_everything, load=load, transforms=frozenset()
+)

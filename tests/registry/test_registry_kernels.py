@@ -225,3 +225,14 @@ def test_the_fused_pass_is_for_cpus(name: str) -> None:
         assert decision.kernel.name == "torch"
     else:
         assert decision.kernel.name == "reference" and "CPU only" in str(decision)
+
+
+@pytest.mark.parametrize("operation", ["attention", "edge_features", "factorized_point_attention"])
+def test_deterministic_training_on_cuda_takes_no_float_atomics(operation: str) -> None:
+    """`index_add_` and the backward pass of PyTorch's fused attention add up in whatever order blocks end."""
+    for device, grad in (("cuda", True), ("cuda", False), ("cpu", True), ("mps", True)):
+        request = request_for(operation, device=device, grad=grad, deterministic=True)
+        chosen = decide(request, {"preset": "torch", "fallback": "silent"}).kernel.name
+        assert (chosen == "reference") is (device == "cuda" and grad), (device, grad, chosen)
+        loose = request_for(operation, device=device, grad=grad)
+        assert decide(loose, "torch").kernel.name != "reference"
