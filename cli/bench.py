@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Debug, Device, Json, best_device, check_known, lengths_option, precisions, split, whole_numbers
+from .options import Debug, Device, Json, best_device, check_known, lengths_option, precisions, split
+from .options import lengths as length_numbers
 from .reporting import print_json, reported
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def run(
     from ..configs.seeds import generator_seed
 
     wanted = _plan(
-        operations or [], model or [], inputs, whole_numbers(length, "--length"), mode, dtype, split(kernel),
+        operations or [], model or [], inputs, length_numbers(length), mode, dtype, split(kernel),
         baseline, device, threads, rounds, memory, budget, generator_seed(seed),
     )  # fmt: skip
     _measure(wanted, _folder(out, overwrite), json)

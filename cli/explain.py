@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Debug, Device, Json, Kernel, check_known, lengths_option, whole_numbers
+from .options import Debug, Device, Json, Kernel, check_known, lengths_option
+from .options import lengths as length_numbers
 from .reporting import print_json, reported
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def run(
 
     Nothing is computed. Exit code 2 if the model could not run so: a kernel that is required cannot run there.
     """
-    lengths: list[int | None] = [*dict.fromkeys(whole_numbers(length, "--length"))] or [None]
+    lengths: list[int | None] = [*dict.fromkeys(length_numbers(length))] or [None]
 
     from ..kernels.hardware.machine import MACHINES
 

@@ -35,7 +35,7 @@ Imports = Annotated[
 
 
 def lengths_option(default: str) -> Any:
-    """Lengths in residues, which `whole_numbers` reads, and what they are when none is given."""
+    """Lengths in residues, which `lengths` reads, and what they are when none is given."""
     return typer.Option("--length", "-l", metavar="N[,N...]", help=f"Residues.  [default: {default}]")
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Debug, Device, Json, best_device, check_known, lengths_option, precisions, split, whole_numbers
+from .options import Debug, Device, Json, best_device, check_known, lengths_option, precisions, split
+from .options import lengths as length_numbers
 from .reporting import print_json, reported
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def run(
     subjects, config = _subjects(model, _operations([*split(operation), *([] if operation else words)]), kernel)
     _require(subjects, config, where)
     named = precisions(precision, PRECISIONS, "--precision") or ["bfloat16", "float32"]
-    lengths = whole_numbers(length, "--length") or list(LENGTHS)
+    lengths = length_numbers(length) or list(LENGTHS)
     tuned: list[tuple[str, Tuned]] = []
     skipped: list[dict[str, Any]] = []
     try:

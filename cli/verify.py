@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Debug, Device, Imports, Json, best_device, lengths_option, precisions, split, whole_numbers
+from .options import Debug, Device, Imports, Json, best_device, lengths_option, precisions, split
+from .options import lengths as length_numbers
 from .reporting import print_json, reported
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def run(
     for module in imports or ():
         _imported(module)
     where = device or best_device()
-    lengths = list(dict.fromkeys(whole_numbers(length, "--length"))) or [64]
+    lengths = list(dict.fromkeys(length_numbers(length))) or [64]
     named = precisions(precision, _precisions(), "--precision") or ["float32", "bfloat16"]
     subjects, whole = _subjects(model, where)
     reports = []

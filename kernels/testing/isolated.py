@@ -19,7 +19,7 @@ from .verification import Item, Row, verify
 _PROGRAM = (
     "import json, sys; "
     "sys.path[:] = json.load(open(sys.argv[1], encoding='utf-8'))['path']; "
-    f"from {__package__}.apart_worker import work; "
+    f"from {__package__}.isolated_worker import work; "
     "work(*sys.argv[1:])"
 )
 

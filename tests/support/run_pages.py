@@ -27,7 +27,8 @@ def main(root: Path, folder: Path) -> None:
     """Run every page of `root`, each in a folder of its own below `folder`."""
     os.environ["FOLDKERNELS_CACHE"] = str(folder / "cache")
     # So that each page's process finds them imported.
-    for name in ("compat.multiflow.loading", "compat.multiflow.sampling", "kernels.explanation"):
+    homes = ("compat.multiflow.checkpoint.loading", "compat.multiflow.runs.sampling", "kernels.registry.explanation")
+    for name in homes:
         importlib.import_module(f"foldkernels.{name}")
     importlib.import_module("foldkernels.kernels.registry").operations()
     wanted = [block for block in blocks(root) if block.language == "python" and not block.reason]

@@ -111,16 +111,22 @@ def _records(path: Path, text: str, form: Format) -> tuple[list[ChainRecord], An
     """The chains, the rest of the file as gemmi reads it, and what is to be said of them."""
     if form == "pdb":
         pdb = read_pdb(path, text)
-        residues, ends, header, notes = pdb.residues, pdb.ends, pdb.header, pdb.notes
+        residues, ends, header, notes, stated = pdb.residues, pdb.ends, pdb.header, pdb.notes, pdb.stated_lengths
     else:
         cif = read_mmcif(path, text, json=form == "mmjson")
-        residues, ends, header, notes = cif.residues, set(), cif.header, cif.notes
+        residues, ends, header, notes, stated = cif.residues, set(), cif.header, cif.notes, {}
     for residue in residues:
         if not residue.chain.isascii() or not all(name.isascii() for name in residue.types):
             name = next(name for name in (residue.chain, *residue.types) if not name.isascii())
             raise BadInput(f"{path} cannot be read: a name in it is no text ({name!r})", "write the file anew")
     parents = {modified.res_id.name: modified.parent_comp_id for modified in header.mod_residues}
-    parts, shared = chains_of(residues, ends, lambda residue: _may_be_amino_acid(residue, parents))
+    parts, shared = chains_of(
+        residues,
+        ends,
+        lambda residue: _may_be_amino_acid(residue, parents),
+        segments_end_chains=form == "pdb",
+        stated_lengths=stated,
+    )
     return parts, header, [*notes, *shared]
 
 

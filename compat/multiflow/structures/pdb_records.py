@@ -27,12 +27,14 @@ class PdbRecords:
         ends: Places of the residues after which there is a TER.
         header: The file without its atoms, as gemmi reads it.
         notes: What was left out, a line each.
+        stated_lengths: Residues that SEQRES records give each chain.
     """
 
     residues: list[ResidueRecord]
     ends: set[int]
     header: Any
     notes: list[str]
+    stated_lengths: dict[str, int]
 
 
 def read_pdb(path: Path, text: str) -> PdbRecords:
@@ -66,7 +68,15 @@ def read_pdb(path: Path, text: str) -> PdbRecords:
     reader = _Reader(path, legacy=_has_ids(atoms), hexadecimal=_has_hexadecimal(atoms))
     for number, line in atoms:
         reader.add(number, line)
-    return PdbRecords(reader.residues, reader.ends, about, notes)
+    return PdbRecords(reader.residues, reader.ends, about, notes, _stated_lengths(lines))
+
+
+def _stated_lengths(lines: list[str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for line in lines:
+        if line.startswith("SEQRES") and line[13:17].strip().isdecimal():
+            found[line[10:12].strip()] = int(line[13:17])
+    return found
 
 
 def _first_model(lines: list[str]) -> tuple[list[tuple[int, str]], list[str]]:

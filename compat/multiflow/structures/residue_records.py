@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from string import ascii_lowercase, ascii_uppercase, digits
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from typing import NamedTuple
 BACKBONE = ("N", "CA", "C")
 """The atoms that make a frame."""
 
+_SEGMENT, _RESTART = "where the segment changes", "where numbering restarts"
 _LONGEST_BOND = 2.0  # C to the next residue's N; 1.33 where a peptide is whole
 
 
@@ -102,7 +104,12 @@ class ChainRecord:
 
 
 def chains_of(
-    listed: Iterable[ResidueRecord], ends: set[int], is_amino_acid: Callable[[ResidueRecord], bool]
+    listed: Iterable[ResidueRecord],
+    ends: set[int],
+    is_amino_acid: Callable[[ResidueRecord], bool],
+    *,
+    segments_end_chains: bool = True,
+    stated_lengths: Mapping[str, int] | None = None,
 ) -> tuple[list[ChainRecord], list[str]]:
     """Divides residues into chains, which end at TER, at a change of segment, and where numbering restarts.
 
@@ -113,6 +120,9 @@ def chains_of(
         listed: Residues in the file's order.
         ends: Places in that order after which there is a TER.
         is_amino_acid: Tells amino acids.
+        segments_end_chains: Whether a change of segment ends a chain even where a peptide bond crosses it.
+        stated_lengths: Residues that the file says each chain has. Where no more are listed, falling numbers are those
+            of one chain, with a gap.
 
     Returns:
         The chains, in the order of their first residues, and a line for each name that several chains share.
@@ -120,6 +130,8 @@ def chains_of(
     residues = list(listed)
     amino = [is_amino_acid(residue) for residue in residues]
     following = _following(residues, amino)
+    listed_of = Counter(residue.chain for residue, own in zip(residues, amino, strict=True) if own)
+    one_chain = {name for name, count in (stated_lengths or {}).items() if listed_of[name] <= count}
     groups: dict[str, list[ChainRecord]] = {}
     last: dict[str, ResidueRecord] = {}
     known: dict[str, dict[tuple[int | None, str], ResidueRecord]] = {}
@@ -149,6 +161,10 @@ def chains_of(
                 shifts[name] += 10000 if wrapped else 0  # four columns count to 9999, then from 0
                 residue.number = raw + shifts[name]
             reason = before and _boundary(before, residue, known[name], name in ended, following.get(place))
+            if reason == _SEGMENT and not segments_end_chains and before is not None and _bonded(before, residue):
+                reason = ""
+            if reason == _RESTART and name in one_chain:
+                reason = ""
             if reason:
                 begin(name)
                 residue.number = raw
@@ -197,13 +213,15 @@ def _boundary(
     if ended:
         return "at a TER"
     if elsewhere and (not joined or (residue.segment and before.segment)):
-        return "where the segment changes"
+        return _SEGMENT
     twin = known.get(residue.key)
     if twin is not None and _same_place(twin, residue):
         return ""
     if residue.number is None or before.number is None or joined:
         return ""
-    return "where numbering restarts" if residue.number < before.number or twin is not None else ""
+    if residue.label_number is not None and before.label_number is not None and twin is None:
+        return _RESTART if residue.label_number <= before.label_number else ""
+    return _RESTART if residue.number < before.number or twin is not None else ""
 
 
 def _bonded(first: ResidueRecord, second: ResidueRecord) -> bool:

@@ -306,3 +306,35 @@ def test_what_is_no_structure_is_named(tmp_path: Path, kind: str, name: str) -> 
         read(tmp_path, content, name)
     assert name in str(error.value)
     assert error.value.hint or kind == "no number"
+
+
+def test_numbers_that_fall_at_a_gap_of_one_chain(tmp_path: Path) -> None:
+    """A fusion protein with gaps: SEQRES, and an mmCIF's own numbers, tell that it is one chain."""
+    lines = pdb_lines(NAMES[:4]) + pdb_lines(NAMES[4:], start=1001, shift=20) + pdb_lines(NAMES[:2], start=5, shift=40)
+    stated = [f"SEQRES   1 A {count:>4}  ALA GLY LEU" for count in (16, 9)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backbone = read(tmp_path, [stated[0], *lines])
+        assert (backbone.num_res, backbone.chains) == (10, ("A",))
+    with pytest.warns(UserWarning, match="where numbering restarts"):
+        assert read(tmp_path, [stated[1], *lines]).chains == ("A1", "A2")
+    rows = cif_rows()
+    for place, row in enumerate(rows):
+        if place >= 20:
+            row[15] = str(int(row[15]) - 50)  # auth_seq_id falls, label_seq_id does not
+            row[10] = f"{float(row[10]) + 30:.3f}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(tmp_path, cif_text(rows), "x.cif").num_res == 8
+
+
+def test_a_segment_inside_a_chain(tmp_path: Path) -> None:
+    """An mmCIF writer that gives a modified residue a label of its own does not end the chain there."""
+    rows = cif_rows()
+    for row in rows:
+        if row[8] == "4":
+            row[0], row[5], row[6], row[7] = "HETATM", "MSE", "Ax1", "1"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backbone = read(tmp_path, cif_text(rows), "x.cif")
+    assert (backbone.sequence, backbone.chains) == ("AGLMKEVD", ("A",))
