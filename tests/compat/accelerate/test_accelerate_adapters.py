@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import foldkernels
 from foldkernels.compat.accelerate import recognise, recognition, verification
-from foldkernels.compat.accelerate.adapters import adapters, fair_esm_attention
+from foldkernels.compat.accelerate.adapters import adapters
 from foldkernels.compat.accelerate.replacement import Candidate
 from foldkernels.modules.pairformer import PairformerLayer
 
@@ -424,7 +424,6 @@ def test_weights_that_are_read_come_from_the_original(asked: dict[str, bool]) ->
     with foldkernels.record_kernels() as ran:
         found = ours(tokens, **asked)
     assert ran == [] and torch.equal(found["attentions"], theirs(tokens, **asked)["attentions"])
-    assert fair_esm_attention._UNREAD.get() is False
 
 
 def test_a_layer_that_is_called_alone_gives_its_weights() -> None:

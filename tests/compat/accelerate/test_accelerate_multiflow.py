@@ -131,10 +131,10 @@ def test_flash_ipas_other_paths_run_its_own_code() -> None:
     assert torch.equal(embedder(s, r.get_trans(), r.get_trans(), mask)[3], torch.ones(2, 9, 9))
 
 
-class OtherBins(multiflow.EdgeFeatureNet):
+class OtherBins(multiflow.PairLayers):
     """A relative's: the same parameters, another first edge."""
 
-    def forward(self, s, t, sc_t, p_mask, diffuse_mask, chain_idx):  # type: ignore[no-untyped-def,override]
+    def forward(self, s, t, sc_t, p_mask, diffuse_mask, chain_idx):  # type: ignore[no-untyped-def]
         return multiflow.distogram(t, min_bin=1e-4, max_bin=20.0, num_bins=22)
 
 
