@@ -59,4 +59,4 @@ def _backward(ctx, d_out):  # type: ignore[no-untyped-def]
 
 
 attention_dropped.register_autograd(_backward, setup_context=_keep)
-no_double_backward(attention_dropped_backward, operation="attention", kernel="torch")
+no_double_backward(attention_dropped_backward, operation="attention", kernel="sdpa")

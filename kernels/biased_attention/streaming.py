@@ -242,5 +242,5 @@ def streamed(operation: str) -> Any:
         return *backward(d_out, *ctx.saved_tensors), None
 
     forward.register_autograd(gradients, setup_context=keep)
-    no_double_backward(backward, operation=operation, kernel="torch")
+    no_double_backward(backward, operation=operation, kernel="streamed")
     return forward

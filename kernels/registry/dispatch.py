@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ...configs.presets import kernel_name
 from ...configs.resolve import ENVIRONMENT_VARIABLE
 from ...errors import KernelUnavailable
 from ..dtypes import constant, floating_type
@@ -285,7 +286,7 @@ def require(operation: str, kernel: str) -> Iterator[None]:
     global _decided, _fused
     before = (_decided, _fused, _demanded.get(operation))
     _decided, _fused = {}, {}
-    _demanded[operation] = kernel
+    _demanded[operation] = kernel_name(operation, kernel)
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...configs.kernel import KernelConfig
-from ...configs.presets import OPERATIONS
+from ...configs.presets import OPERATIONS, kernel_name
 from .. import registry
 from ..registry.types import Dims, Reason, Request
 from .cases.case import Case
@@ -42,7 +42,7 @@ EXCEEDS = {
     ("factorized_point_attention", "triton", torch.bfloat16): 4.0,
     # scaled_dot_product_attention's flash kernels round the weights and their gradients to bfloat16 before the second
     # product. Up to 2.1 times the rule was seen; the definition with every operation in bfloat16 comes to 1.0.
-    ("attention", "torch", torch.bfloat16): 2.5,
+    ("attention", "sdpa", torch.bfloat16): 2.5,
     # Points, which the definition keeps in float32, are values of 16 bits; so are the gradients of lifted points. 3.8
     # was seen, on a stand-in.
     ("invariant_point_attention", "cuequivariance", torch.bfloat16): 4.5,
@@ -53,12 +53,12 @@ EXCEEDS = {
     ("attention_pair_bias", "triton", torch.bfloat16): 2.5,
 }
 #: The same, on CUDA only: what stands above of scaled_dot_product_attention, which it calls there.
-EXCEEDS_ON_CUDA = {("factorized_point_attention", "torch", torch.bfloat16): 2.5}
+EXCEEDS_ON_CUDA = {("factorized_point_attention", "streamed", torch.bfloat16): 2.5}
 
 #: Gradients that come back through a ReLU. Of a value close to zero 16 bits may see the other side, which moves single
 #: entries by all that passed there, and a kernel sees other entries flip than plain PyTorch does. Where single entries
-#: do not hold, the norm of the error is judged, as a part of the norm. Of `torch` with products in bfloat16, up to 0.06
-#: was seen.
+#: do not hold, the norm of the error is judged, as a part of the norm. Of `streamed` with products in bfloat16, up to
+#: 0.06 was seen.
 _PERCEPTRON = frozenset({"nodes", "z", "weight_1", "bias_1", "weight_2", "bias_2"})
 BEHIND_RELU = {
     "edge_features": (_PERCEPTRON - {"z"}) | {"relpos_weight", "relpos_bias"},
@@ -257,7 +257,7 @@ def run(
         operators,
     ):
         outputs = case.call(x, config)
-    if ran != [f"{case.operation}: {kernel}"]:
+    if ran != [f"{case.operation}: {kernel_name(case.operation, kernel)}"]:
         raise ContractBroken(f"{kernel} was asked for, and {ran} ran")
     gradients: dict[str, Tensor] = {}
     rescaled: list[dict[str, Tensor]] = []
@@ -331,7 +331,7 @@ def reasons(
         grad=grad,
         options=case.options,
     )
-    return registry.reasons_against(registry.kernels(case.operation)[kernel], request)
+    return registry.reasons_against(registry.kernels(case.operation)[kernel_name(case.operation, kernel)], request)
 
 
 @contextmanager
@@ -480,4 +480,5 @@ def check(
                 broken = "a row in which nothing takes part is not zero"
     except ContractBroken as wrong:
         broken = str(wrong)
-    return Check(case.operation, kernel, dtype, device, dict(case.dims), tuple(verdicts), broken)
+    name = kernel_name(case.operation, kernel)
+    return Check(case.operation, name, dtype, device, dict(case.dims), tuple(verdicts), broken)

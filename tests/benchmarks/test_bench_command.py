@@ -86,7 +86,7 @@ def measure(sides, subject=ATTENTION, length=8, mode=FORWARD, dtype="float32", *
 
 
 def test_a_kernel_with_wrong_numbers_gets_no_time(monkeypatch):
-    from foldkernels.kernels.attention import torch as kernel
+    from foldkernels.kernels.attention import sdpa as kernel
 
     run = kernel.run
     monkeypatch.setattr(kernel, "run", lambda *x, **y: run(*x, **y) * 1.001)

@@ -7,8 +7,8 @@ from torch import Tensor
 from ..dtypes import widest
 from ..registry import register
 from ..registry.types import KernelFunction, serves_everything
+from ._operators import edge_features_streamed
 from ._rows import split
-from ._streamed import edge_features_streamed
 
 
 def run(
@@ -50,4 +50,4 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="edge_features", name="torch", supports=serves_everything, load=load)
+register(operation="edge_features", name="streamed", supports=serves_everything, load=load)

@@ -103,4 +103,4 @@ def _backward(ctx, d_out, d_points, d_pairs):  # type: ignore[no-untyped-def]
 
 
 factorized_streamed.register_autograd(_backward, setup_context=_keep)
-no_double_backward(factorized_streamed_backward, operation="factorized_point_attention", kernel="torch")
+no_double_backward(factorized_streamed_backward, operation="factorized_point_attention", kernel="streamed")

@@ -92,6 +92,6 @@ triangle_attention_update_streamed.register_autograd(_backward, setup_context=_k
 no_double_backward(
     triangle_attention_update_streamed_backward,
     operation="triangle_attention_update",
-    kernel="torch",
+    kernel="streamed",
     setting="triangle_attention",
 )
