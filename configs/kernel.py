@@ -97,7 +97,7 @@ def expand(value: Any) -> Any:
     if not isinstance(value, Mapping):
         raise ValueError(
             f"`kernel` is a word or a mapping, not {type(value).__name__}: write `kernel: flash`, "
-            "or `kernel: {preset: flash, attention: torch}`."
+            "or `kernel: {preset: flash, attention: sdpa}`."
         )
     preset = value.get("preset", "auto")
     if not isinstance(preset, str) or preset not in PRESETS:

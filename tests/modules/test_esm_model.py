@@ -297,7 +297,7 @@ def test_maps_of_a_kernel_that_has_none():
     """The error names both ways out."""
     with pytest.raises(KernelUnavailable) as refusal, required("attention", "flash_attn") as config:
         attention_maps(torch.randn(1, 3, 2, 8), torch.randn(1, 3, 2, 8), config=config)
-    for words in ("flash-attn never forms them", "kernel: {attention: torch}", "only_single: true"):
+    for words in ("flash-attn never forms them", "kernel: {attention: sdpa}", "only_single: true"):
         assert words in str(refusal.value)
 
 
