@@ -25,7 +25,9 @@ def supports(request: Request) -> list[Reason]:
     reasons = against_attention(request)
     if "cross" in request.options:
         reasons.append(
-            Reason("cuEquivariance itself runs plain PyTorch for few queries, however many keys", "use kernel 'torch'")
+            Reason(
+                "cuEquivariance itself runs plain PyTorch for few queries, however many keys", "use kernel 'streamed'"
+            )
         )
     return reasons
 
