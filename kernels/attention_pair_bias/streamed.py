@@ -30,4 +30,6 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="attention_pair_bias", name="streamed", supports=serves_everything, load=load, transforms=frozenset())
+register(
+    operation="attention_pair_bias", name="streamed", supports=serves_everything, load=load, transforms=frozenset()
+)
