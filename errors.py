@@ -41,5 +41,12 @@ class NoDoubleBackward(NotImplementedError):
     """A kernel without second derivatives was differentiated twice. The message names the kernel that has them."""
 
 
+class TransformUnsupported(NotImplementedError):
+    """A kernel was called under forward-mode differentiation or a transform of torch.func that it does not go through.
+
+    The message names the kernel that does.
+    """
+
+
 class VerificationFailed(RuntimeError):
     """`accelerate(verify=True)` found a layer whose numbers differ from its own forward's."""

@@ -138,7 +138,7 @@ class ChildGuard:
 
     def change(self, module: nn.Module) -> str:
         """What keeps `holds` from being true, as a clause; empty where that is a floating type alone."""
-        if any(_GLOBAL_HOOKS):
+        if any_global_hook():
             return "a hook is registered for all modules"
         parents = [module]
         for name, was in zip(self._names, self._children, strict=True):
@@ -149,7 +149,7 @@ class ChildGuard:
                 return f"its {name} is a {type(child).__name__} now, and was a {was.kind.__name__}"
             if "forward" in child.__dict__:
                 return f"its {name} has a forward of its own on the instance"
-            if any(getattr(child, hooks) for hooks in _HOOKS):
+            if has_hooks(child):
                 return f"its {name} has a hook"
             if was.children:
                 parents.append(child)
@@ -165,6 +165,18 @@ class ChildGuard:
                 return f"the {was.weight} of its {name} has another shape now"
         changed = [kind.__name__ for kind, forward in self._forwards if kind.forward is not forward]
         return f"the class {changed[0]} has another forward now" if changed else ""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody has registered a hook on the module."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def any_global_hook() -> bool:
+    """Whether somebody has registered a hook for all modules."""
+    return any(bool(hooks) for hooks in _GLOBAL_HOOKS)
 
 
 def may_read(module: nn.Module, guard: ChildGuard) -> bool:

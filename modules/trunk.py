@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.edge_transition_attention import edge_transition_attention, pays
+from .children import has_hooks
 from .edge_transition import EdgeTransition
 from .invariant_point_attention import InvariantPointAttention
 from .kernel_module import KernelModule
@@ -174,9 +175,4 @@ def _masked(z: Tensor, pair_mask: Tensor | None) -> Tensor:
 
 def _is_untouched(layer: Any, kind: type[KernelModule]) -> bool:
     """Whether a layer is of this very class, without hooks, and its children's weights may be read."""
-    return (
-        type(layer) is kind
-        and "forward" not in layer.__dict__
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-        and layer.may_read()
-    )
+    return type(layer) is kind and "forward" not in layer.__dict__ and not has_hooks(layer) and layer.may_read()

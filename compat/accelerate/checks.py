@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from .provenance import UNCALLED, require_own_forward
 from .recognition import Declined
+from .replacement import is_replaced
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -26,19 +28,32 @@ def is_ours(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
-def require_untouched(module: nn.Module) -> None:
+def require_untouched(module: nn.Module, *, hooks_inside: bool = False) -> None:
     """Nobody has changed how the module, or one inside it, runs: a new forward would go past that.
 
     Hooks on the module itself stay in force, and are no reason.
+
+    Args:
+        module: The module.
+        hooks_inside: Whether hooks on what stands inside it stay in force, too.
     """
     for name, part in module.named_modules():
         where = f"its {name}" if name else "it"
-        if "forward" in part.__dict__:
+        require_own_forward(type(part), where)
+        if "forward" in part.__dict__ and not (hooks_inside and is_replaced(part)):
             raise Declined(f"{where} has a forward of its own on the instance (a checkpoint wrapper, or a patch)")
-        if name and any(getattr(part, hooks) for hooks in _HOOKS):
+        if name and not hooks_inside and any(getattr(part, hooks) for hooks in _HOOKS):
             raise Declined(f"{where} has a hook, which a replaced forward would not call")
         if getattr(part, "parametrizations", None) is not None:
             raise Declined(f"{where} is parametrized")
+        for key, value in part.__dict__.items():
+            shadows = callable(value) and callable(getattr(type(part), key, None))
+            if shadows and key != "forward" and key not in UNCALLED:
+                raise Declined(f"{where} has a method {key} of its own on the instance")
+        for key, weight in part._parameters.items():
+            # What FSDP shards is whole again when the module is called.
+            if weight is not None and type(weight) is not nn.Parameter and type(weight).__name__ != "DTensor":
+                raise Declined(f"the {key} of {where} is a {type(weight).__name__}, which no kernel reads")
         if part._compiled_call_impl is not None:
             raise Declined(f"{where} is compiled already: accelerate first, compile then")
 

@@ -15,6 +15,7 @@ from ...kernels.registry.binding import Bindable, BindReport, bind_modules, plac
 from .adapters import adapters
 from .checks import is_ours, require_untouched
 from .misses import nearest_misses
+from .provenance import require_original_class
 from .recognition import Adapter, Declined, Recognised
 from .replacement import Candidate, is_replaced, put_back
 from .report import AccelerateReport, Entry
@@ -83,6 +84,9 @@ def accelerate(
                 continue
         candidates[name] = (candidate, entry)
         entries.append(entry)
+    for name, reason in _idle(model, candidates, known).items():
+        _, entry = candidates.pop(name)
+        entries[entries.index(entry)] = replace(entry, status="left alone", reason=reason, notes=())
     bound: BindReport | None = None
     if candidates:
         users = [(name, candidate) for name, (candidate, _) in candidates.items()]
@@ -127,10 +131,11 @@ def recognise(module: nn.Module, known: Mapping[str, Adapter] | None = None) -> 
     answering = {name: adapter for name, adapter in known.items() if kind in adapter.classes}
     if not answering:
         raise KeyError(kind)
-    require_untouched(module)
+    require_untouched(module, hooks_inside=all(adapter.keeps_forward for adapter in answering.values()))
     reasons: dict[str, str] = {}
     for name, adapter in answering.items():
         try:
+            require_original_class(type(module), adapter.classes, adapter.overridden)
             return name, adapter.recognise(module)
         except Declined as declined:
             reasons[name] = str(declined)
@@ -173,6 +178,21 @@ def _walk(model: nn.Module, known: Mapping[str, Adapter]) -> Iterator[tuple[str,
             inside += (f"{name}." if name else "",)
         entry = Entry(name, kind, "replaced", adapter, recognised.form, notes=recognised.notes)
         yield name, module, entry, recognised
+
+
+def _idle(
+    model: nn.Module, candidates: Mapping[str, tuple[Candidate, Entry]], known: Mapping[str, Adapter]
+) -> dict[str, str]:
+    """The candidates that would never run a kernel where they stand, with the reason."""
+    reasons = {}
+    for name, (_, entry) in candidates.items():
+        parts = name.split(".") if name else []
+        outer = {above: model.get_submodule(above) for above in (".".join(parts[:i]) for i in range(len(parts)))}
+        replaced = [module for above, module in outer.items() if above in candidates or is_replaced(module)]
+        reason = known[entry.adapter].idle(list(outer.values()), replaced)
+        if reason:
+            reasons[name] = reason
+    return reasons
 
 
 def _kernels(decisions: Any) -> tuple[str, ...]:

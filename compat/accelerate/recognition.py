@@ -7,7 +7,7 @@ attributes, and by the parameters of its forward: the same name means several fu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -73,6 +73,9 @@ class Adapter(ABC):
         classes: The class names that it answers to.
         projects: Whose modules these are, for the documentation.
         parameters: Names of parameters that make the class recognisable, for the nearest misses.
+        keeps_forward: Whether the class's own forward runs in the end, and calls its children: hooks on these are then
+            no reason to leave it alone.
+        overridden: Methods that the classes are made to override, each for itself.
     """
 
     title: ClassVar[str]
@@ -80,6 +83,8 @@ class Adapter(ABC):
     classes: ClassVar[tuple[str, ...]]
     projects: ClassVar[tuple[str, ...]]
     parameters: ClassVar[tuple[str, ...]]
+    keeps_forward: ClassVar[bool] = False
+    overridden: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def recognise(self, module: nn.Module) -> Recognised:
@@ -88,6 +93,15 @@ class Adapter(ABC):
         Raises:
             Declined: It is none of them, with the reason.
         """
+
+    def idle(self, around: Sequence[nn.Module], replaced: Sequence[nn.Module]) -> str:
+        """Why the forward would never call a kernel where the module stands; empty where it may.
+
+        Args:
+            around: The modules that it stands inside of, outermost first.
+            replaced: Those of them that run a forward of ours.
+        """
+        return ""
 
     @abstractmethod
     def example(self, module: nn.Module, generator: torch.Generator) -> Example:

@@ -25,7 +25,9 @@ def supports(request: Request) -> list[Reason]:
     reasons = against_attention(request)
     if "cross" in request.options:
         reasons.append(
-            Reason("cuEquivariance itself runs plain PyTorch for few queries, however many keys", "use kernel 'torch'")
+            Reason(
+                "cuEquivariance itself runs plain PyTorch for few queries, however many keys", "use kernel 'streamed'"
+            )
         )
     return reasons
 
@@ -61,4 +63,5 @@ register(
     load=load,
     deterministic=False,
     thresholds=ATTENTION_THRESHOLDS,
+    transforms=frozenset(),
 )

@@ -34,4 +34,11 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="attention_pair_bias", name="triton", needs=("triton>=3.6",), supports=reasons_against, load=load)
+register(
+    operation="attention_pair_bias",
+    name="triton",
+    needs=("triton>=3.6",),
+    supports=reasons_against,
+    load=load,
+    transforms=frozenset(),
+)

@@ -37,4 +37,11 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="edge_transition", name="triton", needs=("triton>=3.6",), supports=reasons_against, load=load)
+register(
+    operation="edge_transition",
+    name="triton",
+    needs=("triton>=3.6",),
+    supports=reasons_against,
+    load=load,
+    transforms=frozenset(),
+)

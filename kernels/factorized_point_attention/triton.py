@@ -83,4 +83,5 @@ register(
     needs=("triton>=3.6",),
     supports=reasons_against,
     load=load,
+    transforms=frozenset(),
 )

@@ -12,13 +12,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad as _forward_mode
 
+from ...configs.presets import kernel_name
 from ...configs.resolve import ENVIRONMENT_VARIABLE
-from ...errors import KernelUnavailable
+from ...errors import KernelUnavailable, TransformUnsupported
 from ..dtypes import constant, floating_type
 from ..hardware import machine
 from .choice import _demanded, _token, decide, settings_of
-from .registration import length_class, on_register, operations, thresholds
+from .registration import kernels, length_class, on_register, operations, thresholds
 from .types import Decision, Dims, Kernel, KernelFunction, Request
 
 
@@ -34,6 +36,8 @@ _recorders: list[list[str]] = []
 _MOST_ANSWERS = 16384
 _Answer = TypeVar("_Answer")
 _is_compiling = torch.compiler.is_compiling
+#: The innermost transform of torch.func that is active, or None.
+_transforms_of_func = torch._C._functorch.peek_interpreter_stack
 #: The variable's name as `os.environ` keeps it.
 _VARIABLE = getattr(os.environ, "encodekey", str)(ENVIRONMENT_VARIABLE)
 
@@ -92,8 +96,31 @@ def function_for(
             _remember(_decided, key, name)
         for recorder in _recorders:
             recorder.append(name)
+        if _forward_mode._current_level >= 0 or _transforms_of_func() is not None:
+            _refuse_transforms(name)
     function: KernelFunction = getattr(_loaded, name)
     return function
+
+
+def _refuse_transforms(name: str) -> None:
+    """Raise where a transform is active that the kernel does not go through: it would give zeros, or raw errors.
+
+    Raises:
+        TransformUnsupported: It is.
+    """
+    operation, _, kernel = name.partition(": ")
+    record = kernels(operation)[kernel]
+    active = {"forward": "forward-mode differentiation"} if _forward_mode._current_level >= 0 else {}
+    interpreter = _transforms_of_func()
+    # Functionalization is no transform of the user's: PyTorch's own exporters put it there.
+    if interpreter is not None and interpreter.key().name not in ("Functionalize", "Jvp"):
+        active["func"] = f"torch.func ({interpreter.key().name.lower()})"
+    for kind, words in active.items():
+        if kind not in record.transforms:
+            raise TransformUnsupported(
+                f"{operation}: {words} does not go through the kernel {kernel!r}; use the kernel 'reference' "
+                f"(kernel: {{{operation}: reference}}, or kernel: reference)"
+            )
 
 
 def _remember(answers: dict[tuple[Any, ...], _Answer], key: tuple[Any, ...], answer: _Answer) -> None:
@@ -285,7 +312,7 @@ def require(operation: str, kernel: str) -> Iterator[None]:
     global _decided, _fused
     before = (_decided, _fused, _demanded.get(operation))
     _decided, _fused = {}, {}
-    _demanded[operation] = kernel
+    _demanded[operation] = kernel_name(operation, kernel)
     try:
         yield
     finally:

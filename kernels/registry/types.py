@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
+from ...configs.presets import kernel_name
+
 KernelFunction = Callable[..., Any]
+
+
+#: What plain PyTorch goes through, and a custom operator does not.
+ALL_TRANSFORMS = frozenset({"forward", "func"})
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,8 @@ class Kernel:
         backward: Whether it has a backward pass.
         deterministic: Whether its results are the same in every run.
         thresholds: The lengths at which `supports` changes its answer: it may compare the length with these only.
+        transforms: Which transforms go through it: "forward" (forward-mode differentiation, `torch.func.jvp`) and
+            "func" (`torch.func.grad`, `vmap` and what is made of them). A call under another one raises.
     """
 
     operation: str
@@ -137,6 +145,11 @@ class Kernel:
     backward: bool = True
     deterministic: bool = True
     thresholds: tuple[int, ...] = ()
+    transforms: frozenset[str] = ALL_TRANSFORMS
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a pickled record's fields; one of an older version may be named `torch`."""
+        self.__dict__.update(state, name=kernel_name(state["operation"], state["name"]))
 
 
 @dataclass(frozen=True)

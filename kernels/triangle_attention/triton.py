@@ -28,4 +28,11 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="triangle_attention", name="triton", needs=("triton>=3.6",), supports=reasons_against, load=load)
+register(
+    operation="triangle_attention",
+    name="triton",
+    needs=("triton>=3.6",),
+    supports=reasons_against,
+    load=load,
+    transforms=frozenset(),
+)

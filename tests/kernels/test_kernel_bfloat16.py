@@ -20,13 +20,14 @@ from foldkernels.kernels.testing.cases.case import Case
 from foldkernels.modules.invariant_point_attention import InvariantPointAttention
 from foldkernels.modules.rigid import Rigid
 
+from ..support.goldens import batch_of, model_of
 from .kernel_cases import build, operations
 
 BFLOAT16 = torch.bfloat16
 GOLDENS = Path(__file__).parents[1] / "goldens" / "multiflow"
 #: Operations that read or write the pair representation.
 PAIRS = [operation for operation in operations() if operation != "attention"]
-#: What LayerNorm's weights begin with: PyTorch's backward pass on a CPU adds them up in the type of its input.
+#: What LayerNorm's weights begin with.
 NORM = "norm_"
 
 
@@ -102,8 +103,7 @@ def test_precision_bfloat16(operation, kernel, z, fast):
         ours, theirs = both(build(operation, n, variant, size), kernel, z, precision="bfloat16")
         for name, got in ours.items():
             bound = OUTPUTS if name.startswith("output") else BOUNDS[operation]
-            if not name.startswith(NORM):
-                assert relative(got, theirs[name]) <= bound, name
+            assert relative(got, theirs[name]) <= bound, name
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,7 @@ def test_weight_gradients_are_added_up_in_float32(operation, z, fast):
     weights = [name for name in ours if name not in ("z", "nodes") and ours[name].ndim < 3]
     assert weights
     for name in weights:
-        if not name.startswith(NORM):
-            assert relative(ours[name], theirs[name]) <= 0.03, name
+        assert relative(ours[name], theirs[name]) <= 0.03, name
 
 
 @pytest.mark.parametrize(
@@ -157,6 +156,48 @@ def test_multiflow_model(fast):
     # Seen: 0.0093 A, 0.0012 and 0.0026 with products in bfloat16; 7.1e-4 A, 1.9e-4 and 2.4e-4 with products in float32.
     bounds = (0.02, 0.0025, 0.005) if fast else (0.0015, 4e-4, 5e-4)
     assert all(found <= bound for found, bound in zip(off.values(), bounds, strict=True)), off
+
+
+def _published(kernel: Any, *, dtype: torch.dtype = torch.float32, autocast: bool = False) -> dict[str, Tensor]:
+    """Translations of the published size in Angstrom, and the gradient of every weight, of residues that take part."""
+    batch = {
+        name: x.to(dtype) if x.is_floating_point() else x for name, x in batch_of("full/case_L40.safetensors").items()
+    }
+    model = model_of("full", kernel).to(dtype)
+    there = batch["res_mask"] > 0.5
+    with torch.autocast("cpu", BFLOAT16, enabled=autocast):
+        out = model(batch)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for name in ("pred_trans", "pred_logits"):
+        weight = torch.randn(out[name].shape, generator=generator, dtype=torch.float64).to(out[name].dtype)
+        losses.append((out[name] * weight)[there].sum())
+    torch.stack([loss.to(dtype) for loss in losses]).sum().backward()
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return {"pred_trans": out["pred_trans"].detach()[there], **found}
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, dict[str, Tensor]]:
+    """The published size in float64, and as it is trained without us: under autocast."""
+    return {"truth": _published("reference", dtype=torch.float64), "autocast": _published("reference", autocast=True)}
+
+
+@pytest.mark.slow
+def test_multiflow_model_of_the_published_size(fast, published):
+    """Within 0.02 A of float64, and gradients no further off than half of autocast's."""
+    truth = published["truth"]
+    ours = _published({"preset": "torch", "precision": "bfloat16"})
+    # Seen: 0.0171 A with products in bfloat16, 0.0013 A with products in float32; autocast's is 0.072 A.
+    assert float((ours["pred_trans"].double() - truth["pred_trans"]).abs().max()) <= 0.02
+
+    def off(found: dict[str, Tensor]) -> float:
+        squares = [(found[name].double() - true).square().sum() for name, true in truth.items() if name != "pred_trans"]
+        norms = [true.square().sum() for name, true in truth.items() if name != "pred_trans"]
+        return float((torch.stack(squares).sum() / torch.stack(norms).sum()).sqrt())
+
+    # Seen: 0.020 and 0.0055; autocast's are 0.052 off.
+    assert off(ours) <= 0.5 * off(published["autocast"])
 
 
 # Types ----------------------------------------------------------------------------------------------------------------
@@ -199,9 +240,8 @@ def test_autocast(operation, kernel, fast):
     for name, got in ours.items():
         if not name.startswith("output"):
             assert got.dtype is x[name].dtype, name
-        if not name.startswith(NORM):
-            # Seen: 0.0045, and 0.075 where rounding makes ReLUs change sides.
-            assert relative(got, theirs[name]) <= (0.15 if operation.startswith("edge") else 0.01), name
+        # Seen: 0.0045, and 0.075 where rounding makes ReLUs change sides.
+        assert relative(got, theirs[name]) <= (0.15 if operation.startswith("edge") else 0.01), name
 
 
 @pytest.mark.parametrize("kernel", ["reference", "torch"])

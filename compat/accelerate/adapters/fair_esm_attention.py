@@ -1,15 +1,13 @@
 """Self-attention of fair-esm's ESM-2: with rotary positions, [tokens, batch, channels], True in a mask for padding.
 
 Lin et al. 2023. The layer gives out the attention weights, averaged over the heads, if `need_weights` says so, and
-its parents always say so. Within a whole ESM-2 model, which throws them away, `fair_esm_model` says that nobody reads
-them; elsewhere they are asked for, and the layer's own forward runs.
+its parents always say so. A whole ESM-2 model, which throws them away, is made to say so (`fair_esm_model`); elsewhere
+they are asked for, and the layer's own forward runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,17 +20,26 @@ from ..recognition import Adapter, Declined, Example, Recognised
 from ..replacement import original_forward
 
 _PROJECTIONS = ("k_proj", "v_proj", "q_proj", "out_proj")
-_UNREAD: ContextVar[bool] = ContextVar("foldkernels_attention_weights_unread", default=False)
 
 
-@contextmanager
-def weights_unread(unread: bool) -> Iterator[None]:
-    """Whether nobody reads the attention weights of the layers that are called inside."""
-    before = _UNREAD.set(unread)
-    try:
-        yield
-    finally:
-        _UNREAD.reset(before)
+class Unread:
+    """Stands for False in `need_head_weights`: nobody reads the layers' weights either, but for those of the watched.
+
+    The model hands it down to every layer as an argument. So a layer that is checkpointed is given the same when it is
+    computed again.
+
+    Args:
+        watched: The `id` of each attention layer whose weights somebody may see: a hook on it, or around it.
+    """
+
+    def __init__(self, watched: frozenset[int] = frozenset()) -> None:
+        self.watched = watched
+
+    def __bool__(self) -> bool:
+        return False
+
+
+UNREAD = Unread()
 
 
 class FairESMAttention(Adapter):
@@ -80,6 +87,13 @@ class FairESMAttention(Adapter):
         )
         return Recognised("fair-esm", fair_esm, uses, (_NOTE, _PADDING), calls=_PROJECTIONS)
 
+    def idle(self, around: Sequence[nn.Module], replaced: Sequence[nn.Module]) -> str:
+        """See the base class."""
+        asks = [outer for outer in around if type(outer).__name__ == "TransformerLayer"]
+        if not asks or any(type(outer).__name__ == "ESM2" for outer in replaced):
+            return ""
+        return "its TransformerLayer always asks for its weights, and no ESM2 around them is known not to read them"
+
     def example(self, module: nn.Module, generator: torch.Generator) -> Example:
         """See the class."""
         layer: Any = module
@@ -118,12 +132,15 @@ def fair_esm(
     static_kv: bool = False,
     attn_mask: Tensor | None = None,
     before_softmax: bool = False,
-    need_head_weights: bool = False,
+    need_head_weights: bool | Unread = False,
 ) -> tuple[Tensor, Tensor | None]:
     """fair-esm's forward. Where weights are asked for and read, or anything else that no kernel does, its own."""
+    unread = isinstance(need_head_weights, Unread) and not (
+        need_head_weights.watched and id(self) in need_head_weights.watched
+    )
     ours = (
         not need_head_weights
-        and (not need_weights or _UNREAD.get())
+        and (not need_weights or unread)
         and not (static_kv or before_softmax)
         and incremental_state is None
         and attn_mask is None
@@ -144,7 +161,7 @@ def fair_esm(
             static_kv,
             attn_mask,
             before_softmax,
-            need_head_weights,
+            bool(need_head_weights),
         )
         return out
     assert key is not None

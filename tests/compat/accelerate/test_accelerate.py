@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import json
 import pickle
 from typing import Any
@@ -18,7 +20,7 @@ from foldkernels.compat.accelerate.adapters import adapters
 from ...support.foreign import multiflow
 from ...support.foreign.frames import Rigid, random_rigid
 
-IPA = "invariant_point_attention: torch"
+IPA = "invariant_point_attention: streamed"
 
 
 class Model(nn.Module):
@@ -230,7 +232,7 @@ def test_another_forward_under_the_same_name_is_left_alone() -> None:
 
     report = foldkernels.accelerate(nn.Sequential(InvariantPointAttention(multiflow.ipa()._ipa_conf)))
     assert report.replaced == ()
-    assert "its forward takes (s, z, r, mask, flag=)" in report.left_alone["0"]
+    assert "overrides forward of " in report.left_alone["0"]
 
 
 def test_a_model_with_nothing_to_replace_says_so_and_names_the_nearest() -> None:
@@ -338,3 +340,74 @@ def test_training_with_dropout_runs_the_original_forward() -> None:
         layer.train()(*inputs())
         layer.eval()(*inputs())
     assert ran == [IPA]
+
+
+# --------------------------------------------------------------------------------------------------- the real thing
+
+
+def _patched_forward(self: Any, s: Tensor, z: Tensor, r: Rigid, mask: Tensor) -> Tensor:
+    return torch.zeros_like(s)
+
+
+def test_a_subclass_of_the_same_name_is_another_function() -> None:
+    class InvariantPointAttention(multiflow.InvariantPointAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+            return 2 * super().forward(*args, **kwargs)
+
+    InvariantPointAttention.forward.__signature__ = inspect.signature(multiflow.InvariantPointAttention.forward)  # type: ignore[attr-defined]
+    layer = multiflow.ipa()
+    layer.__class__ = InvariantPointAttention
+    assert "overrides forward of " in foldkernels.accelerate(layer).left_alone[""]
+
+
+def test_a_subclass_that_changes_nothing_is_the_same_function() -> None:
+    class InvariantPointAttention(multiflow.InvariantPointAttention):
+        def extra_repr(self) -> str:
+            return "mine"
+
+    layer = multiflow.ipa()
+    layer.__class__ = InvariantPointAttention
+    assert foldkernels.accelerate(layer).replaced == ("",)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_class_whose_forward_was_patched_is_another_function(monkeypatch: pytest.MonkeyPatch, wrapped: bool) -> None:
+    own = multiflow.InvariantPointAttention.forward
+    project: dict[str, Any] = {"__name__": "tests_of_others", "own": own}
+    exec("def patch(self, *args): return 2 * own(self, *args)", project)
+    patch = functools.wraps(own)(project["patch"]) if wrapped else _patched_forward
+    monkeypatch.setattr(multiflow.InvariantPointAttention, "forward", patch)
+    reason = foldkernels.accelerate(multiflow.ipa()).left_alone[""]
+    assert "it is a InvariantPointAttention, whose forward is tests" in reason and "a patch of the class" in reason
+
+
+def test_a_childs_class_that_was_patched_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * own(self, x))
+    assert "its linear_q is a Linear, whose forward is tests." in foldkernels.accelerate(multiflow.ipa()).left_alone[""]
+
+
+@pytest.mark.parametrize("name", ["forward", "linear_q"])
+def test_a_class_that_is_patched_later_runs_what_was_put_there(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    theirs = multiflow.ipa()
+    ours = copy.deepcopy(theirs)
+    foldkernels.accelerate(ours)
+    kind = multiflow.InvariantPointAttention if name == "forward" else nn.Linear
+    own: Any = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *args: 2 * own(self, *args))
+    assert torch.equal(ours(*inputs()), theirs(*inputs()))
+
+
+def test_a_method_of_the_instance_is_seen() -> None:
+    layer = multiflow.edge_features()
+    layer.embed_relpos = lambda r: torch.zeros(())
+    assert "a method embed_relpos of its own on the instance" in foldkernels.accelerate(layer).left_alone[""]
+
+
+def test_a_weight_of_another_kind_of_tensor_is_seen() -> None:
+    class Quantized(Tensor):
+        pass
+
+    layer = multiflow.ipa()
+    layer.linear_b._parameters["weight"] = layer.linear_b.weight.detach().as_subclass(Quantized)
+    assert "the weight of its linear_b is a Quantized" in foldkernels.accelerate(layer, verify=True).left_alone[""]

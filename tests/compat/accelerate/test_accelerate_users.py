@@ -92,7 +92,7 @@ from torch import nn
 
 print("a line that is no part of the report")
 
-class EdgeTransition(nn.Module):
+class Layers(nn.Module):
     def __init__(self, norm=nn.LayerNorm):
         super().__init__()
         self.initial_embed = nn.Linear(8, 4)
@@ -100,15 +100,19 @@ class EdgeTransition(nn.Module):
         self.final_layer = nn.Linear(14, 6)
         self.layer_norm = norm(6)
 
-    def forward(self, node_embed, edge_embed):
+    def update(self, node_embed, edge_embed):
         n = self.initial_embed(node_embed)
         rows, columns = n[:, :, None].expand(-1, -1, n.shape[1], -1), n[:, None].expand(-1, n.shape[1], -1, -1)
         x = torch.cat([edge_embed, rows, columns], dim=-1)
         return self.layer_norm(self.final_layer(self.trunk(x) + x))
 
-class Wrong(EdgeTransition):
+class EdgeTransition(Layers):
     def forward(self, node_embed, edge_embed):
-        return super().forward(node_embed, edge_embed) * 1.5
+        return self.update(node_embed, edge_embed)
+
+class Wrong(Layers):
+    def forward(self, node_embed, edge_embed):
+        return self.update(node_embed, edge_embed) * 1.5
 
 Wrong.__name__ = "EdgeTransition"
 model = EdgeTransition()
@@ -154,7 +158,7 @@ def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
 def test_check_prints_the_report(command: Callable[..., Any], address: str) -> None:
     code, out, err = command("--check", address, "--verify")
     assert code == 0
-    assert "1 module accelerated" in out and "edge_transition: torch" in out and "verified: forward" in out
+    assert "1 module accelerated" in out and "edge_transition: streamed" in out and "verified: forward" in out
     assert "no part of the report" in err and "no part" not in out
 
 

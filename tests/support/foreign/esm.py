@@ -112,7 +112,8 @@ class ESM2(nn.Module):
     def forward(
         self, tokens: Tensor, repr_layers: Any = (), need_head_weights: bool = False, return_contacts: bool = False
     ) -> dict[str, Any]:
-        need_head_weights = need_head_weights or return_contacts
+        if return_contacts:
+            need_head_weights = True
         padding = tokens.eq(self.padding_idx)
         x = (self.embed_tokens(tokens) * ~padding[..., None]).transpose(0, 1)
         read, representations = [], {}

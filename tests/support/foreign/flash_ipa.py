@@ -35,12 +35,12 @@ class InvariantPointAttention(nn.Module):
         return multiflow.attended(self, s, _z_reference_list[0] if _offload_inference else z, r, mask)
 
 
-class EdgeTransition(multiflow.EdgeTransition):
+class EdgeTransition(multiflow.TransitionLayers):
     def __init__(self, *, mode: str, **sizes: Any) -> None:
         super().__init__(**sizes)
         self.mode = mode
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         node_embed: Tensor,
         edge_embed: Tensor | None,
@@ -49,7 +49,7 @@ class EdgeTransition(multiflow.EdgeTransition):
     ) -> Any:
         if edge_embed is None:
             return z_factor_1, z_factor_2
-        return super().forward(node_embed, edge_embed)
+        return self.updated(node_embed, edge_embed)
 
 
 class EdgeEmbedder(nn.Module):

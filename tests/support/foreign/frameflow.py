@@ -34,8 +34,8 @@ class InvariantPointAttention(nn.Module):
         return multiflow.attended(self, s, _z_reference_list[0] if _offload_inference else z, r, mask)
 
 
-class EdgeFeatureNet(multiflow.EdgeFeatureNet):
-    def forward(self, s: Tensor, t: Tensor, sc_t: Tensor, p_mask: Tensor, diffuse_mask: Tensor) -> Tensor:  # type: ignore[override]
+class EdgeFeatureNet(multiflow.PairLayers):
+    def forward(self, s: Tensor, t: Tensor, sc_t: Tensor, p_mask: Tensor, diffuse_mask: Tensor) -> Tensor:
         features = [
             multiflow.cross(self.linear_s_p(s)),
             self.embed_relpos(torch.arange(s.shape[1]).repeat(s.shape[0], 1)),

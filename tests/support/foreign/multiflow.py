@@ -94,7 +94,7 @@ def ipa(**changes: Any) -> InvariantPointAttention:
     return InvariantPointAttention(SimpleNamespace(**{**SIZES, **changes}))
 
 
-class EdgeTransition(nn.Module):
+class TransitionLayers(nn.Module):
     def __init__(
         self,
         *,
@@ -113,10 +113,15 @@ class EdgeTransition(nn.Module):
         self.final_layer = nn.Linear(hidden, edge_embed_out)
         self.layer_norm = nn.LayerNorm(edge_embed_out)
 
-    def forward(self, node_embed: Tensor, edge_embed: Tensor) -> Tensor:
+    def updated(self, node_embed: Tensor, edge_embed: Tensor) -> Tensor:
         joined = torch.cat([edge_embed, cross(self.initial_embed(node_embed))], dim=-1)
         out: Tensor = self.layer_norm(self.final_layer(self.trunk(joined) + joined))
         return out
+
+
+class EdgeTransition(TransitionLayers):
+    def forward(self, node_embed: Tensor, edge_embed: Tensor) -> Tensor:
+        return self.updated(node_embed, edge_embed)
 
 
 def cross(x: Tensor) -> Tensor:
@@ -140,7 +145,7 @@ def index_embedding(index: Tensor, size: int, max_len: int) -> Tensor:
 EDGES = {"c_s": 24, "c_p": 16, "feat_dim": 8, "num_bins": 22, "embed_chain": False, "embed_diffuse_mask": True}
 
 
-class EdgeFeatureNet(nn.Module):
+class PairLayers(nn.Module):
     def __init__(self, module_cfg: Any) -> None:
         super().__init__()
         self._cfg = cfg = module_cfg
@@ -151,6 +156,8 @@ class EdgeFeatureNet(nn.Module):
         out: Tensor = self.linear_relpos(index_embedding(r[:, :, None] - r[:, None], self.feat_dim, max_len=2056))
         return out
 
+
+class EdgeFeatureNet(PairLayers):
     def forward(
         self, s: Tensor, t: Tensor, sc_t: Tensor, p_mask: Tensor, diffuse_mask: Tensor, chain_idx: Tensor
     ) -> Tensor:

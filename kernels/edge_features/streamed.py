@@ -4,11 +4,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..common.determinism import reasons_against_unordered_sums
 from ..dtypes import widest
 from ..registry import register
-from ..registry.types import KernelFunction, serves_everything
+from ..registry.types import KernelFunction, Reason, Request
+from ._operators import edge_features_streamed
 from ._rows import split
-from ._streamed import edge_features_streamed
 
 
 def run(
@@ -46,8 +47,13 @@ def run(
     return edge_features_streamed(list(parts), positions, positions_sc, chain, mask, num_bins, eps, out_dtype)
 
 
+def supports(request: Request) -> list[Reason]:
+    """Refuse deterministic training on a GPU."""
+    return reasons_against_unordered_sums(request, "index_add, which sums the gradients of the distogram tables,")
+
+
 def load() -> KernelFunction:
     return run
 
 
-register(operation="edge_features", name="torch", supports=serves_everything, load=load)
+register(operation="edge_features", name="streamed", supports=supports, load=load, transforms=frozenset())

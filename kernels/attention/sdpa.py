@@ -4,11 +4,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..common.determinism import reasons_against_unordered_sums
 from ..common.double_backward import fused_by_pytorch
 from ..common.matmul import dot_product_attention
 from ..dtypes import any_requires_grad, widest
 from ..registry import register
-from ..registry.types import KernelFunction, serves_everything
+from ..registry.types import KernelFunction, Reason, Request
 from ._dropped import attention_dropped
 
 #: Weights in one piece up to this many, on a CPU; larger ones head by head, so that what stands beside them is small.
@@ -29,7 +30,7 @@ def run(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if keep is None:
         allowed = None if mask is None else mask[:, None, None, :]
-        out = fused_by_pytorch(dot_product_attention(q, k, v, allowed), operation="attention", kernel="torch")
+        out = fused_by_pytorch(dot_product_attention(q, k, v, allowed), operation="attention", kernel="sdpa")
     else:
         # SDPA would draw its own mask, and on a CPU it keeps several n x n tensors for the backward.
         out = attention_dropped(q, k, v, mask, keep, dropout)
@@ -67,8 +68,13 @@ def _maps(
     return maps
 
 
+def supports(request: Request) -> list[Reason]:
+    """Refuse deterministic training on a GPU."""
+    return reasons_against_unordered_sums(request, "the backward pass of scaled_dot_product_attention")
+
+
 def load() -> KernelFunction:
     return run
 
 
-register(operation="attention", name="torch", supports=serves_everything, load=load)
+register(operation="attention", name="sdpa", supports=supports, load=load, transforms=frozenset({"func"}))
