@@ -16,10 +16,10 @@ from unittest import mock
 import pytest
 from packaging.requirements import Requirement
 
-from .support import bare
-from .test_unpickling import child_environment
+from ..compat.checkpoints.test_unpickling import child_environment
+from ..support import bare
 
-ROOMS = ("kernels", "modules", "configs", "compat", "cli")
+ROOMS = ("kernels", "modules", "configs", "compat", "cli", "benchmarks/measure", "benchmarks/run", "benchmarks/report")
 # What `import foldkernels` must not bring along: each costs time, or is not everywhere.
 NOT_AT_IMPORT = (
     "triton trifast flash_attn cuequivariance cuequivariance_torch cuequivariance_ops_torch lightning "
@@ -71,7 +71,7 @@ def files(wheel: Path) -> set[str]:
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(copy, wheel):
-    wanted = {"__init__.py", "__main__.py", "py.typed"}
+    wanted = {"__init__.py", "__main__.py", "errors.py", "py.typed"}
     for room in ROOMS:
         found = [*(copy / room).rglob("*.py"), *((copy / room).rglob("*.yaml") if room == "configs" else ())]
         wanted |= {file.relative_to(copy).as_posix() for file in found if "__pycache__" not in file.parts}
@@ -169,7 +169,7 @@ def test_links_of_the_description_lead_to_the_repository():
 def declared() -> dict[str, Any]:
     """What setup.py defines."""
     with mock.patch("setuptools.setup"):
-        return runpy.run_path(str(Path(__file__).resolve().parent.parent / "setup.py"))
+        return runpy.run_path(str(Path(__file__).resolve().parents[2] / "setup.py"))
 
 
 def test_the_wheel_in_a_clean_environment(root, wheel, tmp_path):
