@@ -313,5 +313,4 @@ def test_flash_on_a_mac_is_torch_and_says_nothing(operation: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decision = decide(request, {"preset": "flash", "fallback": "error"}, MACHINES["mac"])
-    assert decision.kernel.name == ("sdpa" if operation == "attention" else "streamed")
-    assert not decision.fell_back and decision.rejected == ()
+    assert decision.kernel.name == ("sdpa" if operation == "attention" else "streamed") and not decision.fell_back and decision.rejected == ()
