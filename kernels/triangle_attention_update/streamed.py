@@ -28,9 +28,5 @@ def load() -> KernelFunction:
 
 
 register(
-    operation="triangle_attention_update",
-    name="streamed",
-    supports=serves_everything,
-    load=load,
-    transforms=frozenset(),
+    operation="triangle_attention_update", name="streamed", supports=serves_everything, load=load, transforms=frozenset()
 )

@@ -91,7 +91,7 @@ def test_binding_again_replaces() -> None:
     """The last word holds, for each module; a part may be bound alone."""
     model, batch = small_model("torch"), batch_of(CASE)
     with torch.no_grad():
-        assert set(ran_by(lambda: model(batch))) == {"streamed", "sdpa"}
+        assert set(ran_by(lambda: model(batch))) == {"torch"}
         bind(model, "reference")
         assert set(ran_by(lambda: model(batch))) == {"reference"}
         bind(model, "torch")
@@ -99,9 +99,9 @@ def test_binding_again_replaces() -> None:
         with record_kernels() as ran:
             model(batch)
     assert [name for name in ran if name.startswith("attention:")] == [
-        f"attention: {name}" for name in ("sdpa", "sdpa", "reference", "reference", "sdpa", "sdpa")
+        f"attention: {name}" for name in ("torch", "torch", "reference", "reference", "torch", "torch")
     ]
-    assert {name.partition(": ")[2] for name in ran if not name.startswith("attention:")} == {"streamed"}
+    assert {name.partition(": ")[2] for name in ran if not name.startswith("attention:")} == {"torch"}
 
 
 def test_binding_twice_is_binding_once() -> None:
@@ -122,7 +122,7 @@ def test_a_module_that_nobody_bound_reads_the_environment(monkeypatch: pytest.Mo
     bind(model)
     assert settings_of(model.kernel_config).preset == "torch"
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
-    assert ran_by(lambda: call(model)) == ["sdpa"]
+    assert ran_by(lambda: call(model)) == ["torch"]
     bind(other := layer(), {})
     assert ran_by(lambda: call(other)) == ["reference"]
 
@@ -141,14 +141,14 @@ def test_a_model_that_calls_no_kernel() -> None:
 @pytest.mark.parametrize("n", [5, 15, 16, 40])
 def test_a_threshold_is_followed_at_every_length(n: int, autocast: bool, training: bool) -> None:
     """A kernel that serves 16 residues or more runs from there on, whatever the mode; below, the next one."""
-    stand_in("sdpa", from_16_on, thresholds=(16,))
+    stand_in("torch", from_16_on, thresholds=(16,))
     model = layer(dropout=0.5).train(training)
     report = bind(model, {"preset": "torch", "fallback": "silent"})
-    assert report.kernels() == {"attention": ("reference", "sdpa")}
+    assert report.kernels() == {"attention": ("reference", "torch")}
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        assert ran_by(lambda: call(model, n)) == ["sdpa" if n >= 16 else "reference"]
+        assert ran_by(lambda: call(model, n)) == ["torch" if n >= 16 else "reference"]
         with torch.no_grad():
-            assert ran_by(lambda: call(model, n)) == ["sdpa" if n >= 16 else "reference"]
+            assert ran_by(lambda: call(model, n)) == ["torch" if n >= 16 else "reference"]
 
 
 @pytest.mark.parametrize("kernel", ["reference", "torch"])
@@ -178,14 +178,14 @@ def test_a_model_moved_to_another_type_after_bind(dtype: torch.dtype) -> None:
     def only_float32(request: Request) -> list[Reason]:
         return [] if request.dtype is torch.float32 else [Reason("it knows float32 only")]
 
-    stand_in("sdpa", only_float32)
+    stand_in("torch", only_float32)
     model = layer()
     bind(model, {"preset": "torch", "fallback": "silent"})
-    assert ran_by(lambda: call(model)) == ["sdpa"]
+    assert ran_by(lambda: call(model)) == ["torch"]
     model.to(dtype)
     assert ran_by(lambda: call(model, dtype=dtype)) == ["reference"] and call(model, dtype=dtype).dtype is dtype
     model.float()
-    assert ran_by(lambda: call(model)) == ["sdpa"]
+    assert ran_by(lambda: call(model)) == ["torch"]
     with torch.autocast("cpu", torch.bfloat16):
         assert ran_by(lambda: call(model)) == ["reference"]
 
@@ -229,7 +229,7 @@ model, batch, expected = pickle.load(sys.stdin.buffer)
 from foldkernels.kernels.registry import record_kernels
 with torch.no_grad(), record_kernels() as ran:
     out = model(batch)
-assert {name.partition(": ")[2] for name in ran} == {"streamed", "sdpa"}, ran
+assert {name.partition(": ")[2] for name in ran} == {"torch"}, ran
 assert all(torch.equal(out[name], expected[name]) for name in expected)
 """
 
@@ -281,7 +281,7 @@ def test_a_forked_child_can_decide() -> None:
     ("config", "error", "words"),
     [
         ({"attention": "never"}, KernelUnavailable, "required by attention: never"),
-        ({"attention": "sdap"}, KernelUnavailable, "did you mean 'sdpa'"),
+        ({"attention": "troch"}, KernelUnavailable, "did you mean 'torch'"),
         ({"preset": "torch", "fallback": "error"}, KernelUnavailable, "fallback: error"),
         ("fash", ConfigError, "did you mean 'flash'"),
         ({"preset": "torch", "atention": "torch"}, ConfigError, "no key 'atention'"),
@@ -293,7 +293,7 @@ def test_what_cannot_run_raises_at_bind_and_leaves_the_model_alone(
     """Not one module of the model has changed, not even those before the one that cannot be served."""
     stand_in("never", refuses)
     if error is KernelUnavailable and "preset" in config:
-        stand_in("sdpa", refuses)
+        stand_in("torch", refuses)
     model = small_model("reference")
     before = [module.kernel_config for module in users(model)]
     report = model.kernels
@@ -324,8 +324,8 @@ def test_a_kernel_for_inference_only_binds_and_training_raises() -> None:
 
 def test_one_warning_at_bind_and_none_in_the_forward() -> None:
     """For a model with many modules: one, that says which, why, and what runs instead, at the caller's line."""
-    stand_in("sdpa", refuses)
-    stand_in("streamed", refuses, operation="edge_transition")
+    stand_in("torch", refuses)
+    stand_in("torch", refuses, operation="edge_transition")
     model, batch = small_model("reference"), batch_of(CASE)
     with pytest.warns(KernelFallbackWarning) as caught:
         bind(model, "torch")
@@ -333,10 +333,10 @@ def test_one_warning_at_bind_and_none_in_the_forward() -> None:
     text = str(warning.message)
     assert text.splitlines() == [
         "preset 'torch' falls back:",
-        "  attention: reference, not sdpa: it never runs (fix: wait)",
-        "  attention: reference, not sdpa: and the moon is full",
-        "  edge_transition: reference, not streamed: it never runs (fix: wait)",
-        "  edge_transition: reference, not streamed: and the moon is full",
+        "  attention: reference, not torch: it never runs (fix: wait)",
+        "  attention: reference, not torch: and the moon is full",
+        "  edge_transition: reference, not torch: it never runs (fix: wait)",
+        "  edge_transition: reference, not torch: and the moon is full",
     ]
     assert warning.filename == __file__
     with warnings.catch_warnings():
@@ -354,12 +354,12 @@ def test_one_warning_at_bind_and_none_in_the_forward() -> None:
 )
 def test_no_warning_where_none_is_asked_for(config: Any) -> None:
     """`auto` and `silent` leave it to the report, which tells; `reference` is its own first choice."""
-    stand_in("sdpa", refuses)
+    stand_in("torch", refuses)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = bind(layer(), config)
     first_choice = report.resolved.config.preset == "reference"
-    assert ("not sdpa: it never runs (fix: wait)" in str(report)) is not first_choice
+    assert ("not torch: it never runs (fix: wait)" in str(report)) is not first_choice
 
 
 def test_the_presets_bind_without_a_word_here() -> None:
@@ -376,15 +376,15 @@ def test_the_presets_bind_without_a_word_here() -> None:
 
 def test_the_report_tells_what_runs_and_why() -> None:
     """Printed, as data for JSON, and as a mapping."""
-    stand_in("sdpa", from_16_on, thresholds=(16,))
+    stand_in("torch", from_16_on, thresholds=(16,))
     model = nn.ModuleDict({"a": layer(), "b": layer()})
     report = bind(model, {"preset": "torch", "fallback": "silent"}, file={"precision": "tf32"})
     assert str(report).splitlines() == [
         "kernel: preset=torch (call), fallback=silent (call), precision=tf32 (file), deterministic=False (default)",
-        "  attention: reference or sdpa (in 2 modules)",
-        "    not sdpa: it serves 16 residues or more (fix: use more residues)",
+        "  attention: reference or torch (in 2 modules)",
+        "    not torch: it serves 16 residues or more (fix: use more residues)",
     ]
-    assert report.kernels() == {"attention": ("reference", "sdpa")}
+    assert report.kernels() == {"attention": ("reference", "torch")}
     data = report.as_dict()
     assert json.loads(json.dumps(data)) == data
     assert data["config"] == {"preset": "torch", "fallback": "silent", "precision": "tf32", "deterministic": False}
@@ -400,10 +400,10 @@ def test_the_report_tells_what_runs_and_why() -> None:
         "kernel": "reference",
         "source": "preset torch",
         "rejected": [
-            {"kernel": "sdpa", "why": "it serves 16 residues or more", "fix": "use more residues"},
+            {"kernel": "torch", "why": "it serves 16 residues or more", "fix": "use more residues"},
         ],
     }
-    assert data["decisions"][2]["kernel"] == "sdpa" and data["decisions"][2]["rejected"] == []
+    assert data["decisions"][2]["kernel"] == "torch" and data["decisions"][2]["rejected"] == []
 
 
 def test_the_report_of_a_whole_model() -> None:
@@ -424,7 +424,7 @@ def test_the_report_of_a_whole_model() -> None:
 
 def test_what_the_report_promises_is_what_runs() -> None:
     """For lengths in every class, gradients or not, with dropout: the decision in the report is the kernel that ran."""
-    stand_in("sdpa", from_16_on, thresholds=(16,))
+    stand_in("torch", from_16_on, thresholds=(16,))
     stand_in("other", load=load_b, thresholds=(33,))
     model = layer(dropout=0.25)
     report = bind(model, {"preset": "torch", "fallback": "silent"})
@@ -440,8 +440,8 @@ def test_logit_dropout_is_reported_for_training_alone() -> None:
     """IPA with dropped logits: what inference runs stands in the report beside what training runs."""
     model = small_model({"preset": "torch", "fallback": "silent"}, model__ipa__dropout=0.1)
     assert model.kernels is not None
-    assert model.kernels.kernels()["invariant_point_attention"] == ("streamed", "reference")
-    assert "not streamed: it cannot drop logits" in str(model.kernels)
+    assert model.kernels.kernels()["invariant_point_attention"] == ("torch", "reference")
+    assert "not torch: it cannot drop logits" in str(model.kernels)
 
 
 class Somebodys(nn.Module):
@@ -473,7 +473,7 @@ from foldkernels.kernels.registry import dispatch, registration
 assert not registration._discovered
 layer = SelfAttention(8, 2, 0.0)
 report = bind(layer, "flash")
-assert registration._discovered and report.kernels() == {"attention": ("sdpa",)}
+assert registration._discovered and report.kernels() == {"attention": ("torch",)}
 assert not vars(dispatch._loaded), "bind decides; it loads nothing"
 with record_kernels() as ran:
     layer(torch.zeros(1, 3, 8), torch.ones(1, 3, dtype=torch.bool))

@@ -76,16 +76,16 @@ def test_every_machine_has_a_choice_for_every_operation(model, machine, preset):
 def test_a_machine_that_can_runs_the_better_kernel(model, fused):
     on_h100 = foldkernels.explain(model, "flash", machine="h100", length=256)
     chosen = {choice.request.grad: choice.decision.kernel.name for choice in _attention(on_h100)}
-    assert chosen == {False: "fused", True: "sdpa"}
+    assert chosen == {False: "fused", True: "torch"}
     assert "attention: not fused: it has no backward pass" in str(on_h100)
 
     on_a100 = foldkernels.explain(model, "flash", machine="a100", length=256, grad=False)
-    assert on_a100.kernels()["attention"] == ("sdpa",)
+    assert on_a100.kernels()["attention"] == ("torch",)
     assert "attention: not fused: it needs compute capability 9.0" in str(on_a100)
 
     # On a Mac, the same word is a list of its own that does not know the kernel: nothing to report.
     on_mac = foldkernels.explain(model, "flash", machine="mac", length=256)
-    assert on_mac.kernels()["attention"] == ("sdpa",)
+    assert on_mac.kernels()["attention"] == ("torch",)
     assert "fused" not in str(on_mac)
     assert "first choice" in str(on_mac)
 
@@ -101,7 +101,7 @@ def test_what_auto_leaves_out_is_told_with_the_way_to_it(model):
     assert "first choice" not in text
     found = foldkernels.explain(model, "auto", machine="h100", length=256).as_dict()["left_out"]
     assert {x["operation"] for x in found} == {"invariant_point_attention", "edge_transition"}
-    required = {"invariant_point_attention": "streamed", "edge_transition": "streamed"}
+    required = {"invariant_point_attention": "streamed", "edge_transition": "torch"}
     for kernel, machine in (("flash", "h100"), ("torch", "h100"), (required, "h100"), ("auto", "mac"), ("auto", "cpu")):
         assert "leaves it out" not in str(foldkernels.explain(model, kernel, machine=machine, length=256))
     every = {(word, name, kernel) for word, table in LEFT_OUT.items() for name, by in table.items()
@@ -118,10 +118,10 @@ def test_packages_of_the_machine_decide(model, fused):
 
 def test_lengths(model, fused):
     short = foldkernels.explain(model, "flash", machine="h100", length=50, grad=False)
-    assert short.kernels()["attention"] == ("sdpa",)
+    assert short.kernels()["attention"] == ("torch",)
     assert "it starts at 100 tokens" in str(short)
     every = foldkernels.explain(model, "flash", machine="h100", grad=False)
-    assert set(every.kernels()["attention"]) == {"sdpa", "fused"}
+    assert set(every.kernels()["attention"]) == {"torch", "fused"}
     assert "any length" in str(every)
 
 
@@ -144,14 +144,14 @@ def test_a_bound_model_is_explained_as_it_was_bound(monkeypatch):
     model.kernels = foldkernels.bind(model, "reference", command_line=("attention=sdpa",))
     monkeypatch.setenv("FOLDKERNELS_KERNEL", "torch")  # came too late
     explanation = foldkernels.explain(model)
-    assert explanation.kernels() == {**dict.fromkeys(OPERATIONS, ("reference",)), "attention": ("sdpa",)}
+    assert explanation.kernels() == {**dict.fromkeys(OPERATIONS, ("reference",)), "attention": ("torch",)}
     assert explanation.configurations == (model.kernels.resolved,)
     assert "preset=reference (call)" in str(explanation) and "attention=sdpa (command line)" in str(explanation)
     # Without the report the values are known, but not where they came from.
     model.kernels = None
     assert "preset=reference (bind)" in str(foldkernels.explain(model))
     # A question of its own is answered, and changes nothing.
-    assert foldkernels.explain(model, "torch").kernels()["edge_transition"] == ("streamed",)
+    assert foldkernels.explain(model, "torch").kernels()["edge_transition"] == ("torch",)
     assert foldkernels.explain(model).kernels()["edge_transition"] == ("reference",)
 
 
@@ -162,7 +162,7 @@ def test_modules_that_were_bound_apart(monkeypatch):
     foldkernels.bind(model.edge_feature_net, "reference")
     explanation = foldkernels.explain(model)
     assert explanation.kernels()["edge_features"] == ("reference",)
-    assert explanation.kernels()["attention"] == ("sdpa",)
+    assert explanation.kernels()["attention"] == ("torch",)
     assert len(explanation.configurations) == 2
 
 
@@ -200,7 +200,7 @@ def test_as_dict_is_json(model, fused):
     explanation = foldkernels.explain(model, "flash", machine="h100", length=256)
     found = json.loads(json.dumps(explanation.as_dict()))
     assert found["capability"] == [9, 0] and found["dtype"] == "float32"
-    assert found["kernels"]["attention"] == ["fused", "sdpa"]
+    assert found["kernels"]["attention"] == ["fused", "torch"]
     rejected = [each for choice in found["choices"] for each in choice["rejected"]]
     assert {"kernel": "fused", "why": "it has no backward pass"}.items() <= rejected[0].items()
 

@@ -73,11 +73,11 @@ def test_a_kernel_under_its_operation_is_required() -> None:
 
 def test_it_is_frozen_hashable_and_survives() -> None:
     """Pickling, copying, and the token that modules carry."""
-    config = KernelConfig(preset="flash", attention="sdpa", precision="bfloat16", deterministic=True)
+    config = KernelConfig(preset="flash", attention="torch", precision="bfloat16", deterministic=True)
     with pytest.raises(ValidationError, match="frozen"):
         config.preset = "auto"  # type: ignore[misc]
-    assert {config: 1}[KernelConfig(preset="flash", attention="sdpa", precision="bfloat16", deterministic=True)] == 1
-    assert config != KernelConfig(preset="flash", attention="sdpa", precision="bfloat16")
+    assert {config: 1}[KernelConfig(preset="flash", attention="torch", precision="bfloat16", deterministic=True)] == 1
+    assert config != KernelConfig(preset="flash", attention="torch", precision="bfloat16")
     assert pickle.loads(pickle.dumps(config)) == deepcopy(config) == settings_of(token(config)) == config
     assert token(KernelConfig()) != ""  # the empty token means the environment's
     resolved = resolve_kernel(config, file="torch")
@@ -179,7 +179,7 @@ def test_places_are_merged_key_by_key() -> None:
     word_over_mapping = resolve_kernel("reference", file=file).config
     assert (word_over_mapping.preset, word_over_mapping.attention) == ("reference", "reference")
     mapping_over_word = resolve_kernel({"attention": "sdpa"}, file="reference").config
-    assert (mapping_over_word.preset, mapping_over_word.attention) == ("reference", "sdpa")
+    assert (mapping_over_word.preset, mapping_over_word.attention) == ("reference", "torch")
     assert file["attention"] == "reference" and len(file) == 4  # what was passed is left alone
 
 
@@ -194,7 +194,7 @@ def test_the_environment_is_read_when_asked(monkeypatch: pytest.MonkeyPatch) -> 
     """Words separated by commas; blanks and empty words do not matter; an error names the variable."""
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, " flash , attention = torch ,, deterministic=true,")
     resolved = resolve_kernel()
-    assert resolved.config == KernelConfig(preset="flash", attention="sdpa", deterministic=True)
+    assert resolved.config == KernelConfig(preset="flash", attention="torch", deterministic=True)
     assert resolved.sources["attention"] == ENVIRONMENT
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "attention=sdpa,falsh")
     with pytest.raises(ConfigError, match=rf"{ENVIRONMENT_VARIABLE}\).*did you mean 'flash'"):
@@ -204,7 +204,7 @@ def test_the_environment_is_read_when_asked(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_words_of_a_command_line() -> None:
     """`--kernel flash --kernel attention=sdpa`; a later word wins, and a kernel's name may hold `=` signs."""
-    assert parse_words(["flash", "attention=sdpa"]) == {"preset": "flash", "attention": "sdpa"}
+    assert parse_words(["flash", "attention=sdpa"]) == {"preset": "flash", "attention": "torch"}
     assert parse_words(["flash", "auto"]) == {"preset": "auto"}
     assert parse_words([]) == {}
     with pytest.raises(ConfigError, match=r"command line.*no key 'atention'.*'attention'"):
@@ -223,13 +223,13 @@ def test_words_of_a_command_line() -> None:
         ("kernel:", KernelConfig()),
         ("kernel: {}", KernelConfig()),
         ("kernel: {preset: flash, attention: sdpa, deterministic: yes}",
-         KernelConfig(preset="flash", attention="sdpa", deterministic=True)),
+         KernelConfig(preset="flash", attention="torch", deterministic=True)),
         ("word: flash\nkernel: ${word}", KernelConfig(preset="flash")),
         ("site: {kernel: {preset: torch, attention: reference}}\nkernel: ${site.kernel}",
          KernelConfig(preset="torch", attention="reference")),
         ("site: {name: torch, exact: float32}\n"
          "kernel:\n  preset: ${site.name}\n  edge_transition: ${kernel.preset}\n  precision: ${site.exact}",
-         KernelConfig(preset="torch", edge_transition="streamed", precision="float32")),
+         KernelConfig(preset="torch", edge_transition="torch", precision="float32")),
     ],
 )  # fmt: skip
 def test_yaml_resolves_from_its_root(text: str, expected: KernelConfig) -> None:
@@ -298,12 +298,11 @@ def test_what_the_words_mean() -> None:
             assert candidates("reference", operation, device) == ("reference",)
             for word in set(PRESETS) - {"reference"}:
                 assert candidates(word, operation, device)[-1] == "reference"
-        ours = ("sdpa" if operation == "attention" else "streamed", "reference")
         for word in set(PRESETS) - {"reference"}:
-            assert candidates(word, operation, "mps") == candidates(word, operation, "cpu") == ours
+            assert candidates(word, operation, "mps") == candidates(word, operation, "cpu") == ("torch", "reference")
         assert candidates("flash", operation, "xpu") == candidates("flash", operation, "cpu")
     assert candidates("reference", "somebody_elses", "cuda") == ("reference",)
-    assert candidates("flash", "somebody_elses", "cuda") == ("streamed", "reference")
+    assert candidates("flash", "somebody_elses", "cuda") == ("torch", "reference")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -313,4 +312,4 @@ def test_flash_on_a_mac_is_torch_and_says_nothing(operation: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decision = decide(request, {"preset": "flash", "fallback": "error"}, MACHINES["mac"])
-    assert decision.kernel.name == ("sdpa" if operation == "attention" else "streamed") and not decision.fell_back and decision.rejected == ()
+    assert decision.kernel.name == "torch" and not decision.fell_back and decision.rejected == ()

@@ -66,7 +66,7 @@ def test_register_takes_a_record_or_its_fields() -> None:
 def test_a_tracer_may_make_symbols_of_the_sizes() -> None:
     """A table cannot hold those: the choice is made again, and is the same."""
     x = torch.randn(2, 5, 3, 4)
-    config = token(KernelConfig(attention="sdpa"))
+    config = token(KernelConfig(attention="torch"))
     traced = make_fx(lambda q: attention(q, q, q, config=config), tracing_mode="symbolic")(x)
     torch.testing.assert_close(traced(x), attention(x, x, x, config=config))
 
@@ -89,19 +89,19 @@ def test_the_restored_registry_has_no_stand_ins() -> None:
     """What keeps these tests apart from all others."""
     with restored():
         stand_in("mine")
-        stand_in("sdpa", refuses)
+        stand_in("torch", refuses)
         assert "mine" in kernels("attention")
-    assert "mine" not in kernels("attention") and kernels("attention")["sdpa"].supports is not refuses
+    assert "mine" not in kernels("attention") and kernels("attention")["torch"].supports is not refuses
 
 
 def test_an_operation_of_somebody_elses() -> None:
-    """It is found, and the words mean what they say: the preset's lists hold its `streamed`, then its `reference`."""
+    """It is found, and the words mean what they say: the preset's lists hold its `torch`, then its `reference`."""
     register_operation(Operation("rotary", "turns", ("n",)))
     stand_in("reference", operation="rotary")
     request = Request("rotary", "cuda", torch.float32, Dims({"n": 3}))
-    assert decide(request, "auto").rejected[0][0] == "streamed"  # it has none, and that is said
-    stand_in("streamed", operation="rotary")
-    assert decide(request, "flash").kernel.name == "streamed" and decide(request, "reference").kernel.name == "reference"
+    assert decide(request, "auto").rejected[0][0] == "torch"  # it has none, and that is said
+    stand_in("torch", operation="rotary")
+    assert decide(request, "flash").kernel.name == "torch" and decide(request, "reference").kernel.name == "reference"
 
 
 def test_unknown_operations_are_named() -> None:
@@ -164,7 +164,7 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("plugins")
 def test_other_packages_register_through_the_entry_point_group() -> None:
     """A callable is called, a module imported; what raises is kept with its text and takes nothing down."""
-    assert {"theirs", "theirs_too", "sdpa", "reference"} <= set(kernels("attention"))
+    assert {"theirs", "theirs_too", "torch", "reference"} <= set(kernels("attention"))
     assert broken_plugins() == {
         "raises": "OSError: no licence server",
         "unimportable": "ModuleNotFoundError: No module named 'no_such_package'",
@@ -198,7 +198,7 @@ def test_the_table_asks_once_per_key() -> None:
         asked.append(request)
         return from_16_on(request)
 
-    stand_in("sdpa", counts, thresholds=(16,))
+    stand_in("torch", counts, thresholds=(16,))
     config = token(KernelConfig(preset="torch"))
 
     def run(n: int, dtype: torch.dtype = torch.float32, device: str = "cpu", grad: bool = False) -> None:
@@ -327,6 +327,6 @@ def test_finding_kernels_may_fail_and_be_tried_again(monkeypatch: pytest.MonkeyP
 
 def test_tokens_survive() -> None:
     """The string that modules carry is a string, and gives the configuration back."""
-    for config in (KernelConfig(), KernelConfig(preset="flash"), KernelConfig(attention="sdpa", fallback="error")):
+    for config in (KernelConfig(), KernelConfig(preset="flash"), KernelConfig(attention="torch", fallback="error")):
         words = pickle.loads(pickle.dumps(token(config)))
         assert type(words) is str and settings_of(words) == config

@@ -83,13 +83,13 @@ def test_a_request_reads_as_a_sentence(request_: Request, text: str) -> None:
 
 def test_a_decision_says_what_runs_and_why_nothing_better() -> None:
     """Every reason against every candidate before it, with its fix if there is one."""
-    stand_in("sdpa", refuses)
+    stand_in("torch", refuses)
     decision = decide(request_for(), "torch")
     assert isinstance(decision, Decision) and decision.kernel.name == "reference" and decision.fell_back
     assert str(decision).splitlines() == [
         "attention on cpu, float32, n=64 h=8 d=64: reference (preset torch)",
-        "  not sdpa: it never runs (fix: wait)",
-        "  not sdpa: and the moon is full",
+        "  not torch: it never runs (fix: wait)",
+        "  not torch: and the moon is full",
     ]
     assert str(Reason("why", "fix")) == "why (fix: fix)" and str(Reason("why")) == "why"
     first = decide(request_for(), "reference")
@@ -99,7 +99,7 @@ def test_a_decision_says_what_runs_and_why_nothing_better() -> None:
 
 def test_no_kernel_prints_the_request_then_each_kernel_with_why_and_fix() -> None:
     """As xFormers does it: one screen, from which a user can go on."""
-    stand_in("sdpa", refuses)
+    stand_in("torch", refuses)
     stand_in("reference", from_16_on, needs=("no-such-package>=2",))
     with pytest.raises(KernelUnavailable) as caught:
         decide(request_for(n=3, grad=True), "torch")
@@ -127,7 +127,7 @@ def test_a_required_kernel_runs_or_raises() -> None:
     stand_in("special")
     decision = decide(request_for(), {"preset": "reference", "attention": "special"})
     assert (decision.kernel.name, decision.source) == ("special", "required by attention: special")
-    assert decide(request_for("edge_transition"), {"attention": "special"}).kernel.name == "streamed"
+    assert decide(request_for("edge_transition"), {"attention": "special"}).kernel.name == "torch"
     stand_in("special", refuses)
     for fallback in ("warn", "error", "silent"):
         with pytest.raises(KernelUnavailable, match=r"required by attention: special[\s\S]*- it never runs") as caught:
@@ -135,15 +135,15 @@ def test_a_required_kernel_runs_or_raises() -> None:
         assert "reference" not in str(caught.value)
     with pytest.raises(KernelUnavailable, match=r"attention has no kernel 'tritn'[\s\S]*Known: .*reference"):
         decide(request_for(), {"attention": "tritn"})
-    with pytest.raises(KernelUnavailable, match="did you mean 'sdpa'"):
+    with pytest.raises(KernelUnavailable, match="did you mean 'torch'"):
         decide(request_for(), {"attention": "troch"})
 
 
 def test_fallback_error_forbids_what_could_run() -> None:
     """`error` raises where `warn` and `silent` go on; where the first choice runs, it changes nothing."""
     config = {"preset": "torch", "fallback": "error"}
-    assert decide(request_for(), config).kernel.name == "sdpa"
-    stand_in("sdpa", refuses)
+    assert decide(request_for(), config).kernel.name == "torch"
+    stand_in("torch", refuses)
     with pytest.raises(KernelUnavailable, match=r"preset torch, fallback: error[\s\S]*it never runs"):
         decide(request_for(), config)
     for fallback in ("warn", "silent"):
@@ -164,7 +164,7 @@ def test_the_environment_decides_where_nobody_else_does(monkeypatch: pytest.Monk
     """And a word in it that is wrong is an error, at the first use too."""
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
     assert decide(request_for()).kernel.name == "reference"
-    assert decide(request_for(), "torch").kernel.name == "sdpa"
+    assert decide(request_for(), "torch").kernel.name == "torch"
     x = torch.randn(1, 3, 2, 4)
     with record_kernels() as ran:
         attention(x, x, x)
@@ -221,8 +221,8 @@ def test_what_is_required_of_the_parts_holds_for_the_whole(grad: bool) -> None:
     """A fused kernel runs where it is the parts' own; a kernel that the user names is never swapped for another."""
     fused, apart = "edge_transition_attention: streamed", ("edge_transition", "invariant_point_attention")
     first = "invariant_point_attention"  # the first block's attention stands alone
-    assert parts_ran("torch", grad) == {fused, f"{first}: streamed"}
-    for preset, name in (("torch", "reference"), ("auto", "reference"), ("reference", "streamed")):
+    assert parts_ran("torch", grad) == {fused, f"{first}: torch"}
+    for preset, name in (("torch", "reference"), ("auto", "reference"), ("reference", "torch")):
         ran = parts_ran({"preset": preset, **dict.fromkeys(apart, name)}, grad)
         assert {each.partition(": ")[2] for each in ran} == {name}, (preset, ran)
     mixed = parts_ran({"preset": "torch", "edge_transition": "reference"}, grad)
@@ -236,10 +236,10 @@ def test_a_fused_kernel_follows_its_parts_thresholds() -> None:
     z = torch.zeros(1, 1, 1, 8)
     assert common_kernel("edge_transition_attention", z, length=3, **call)
 
-    stand_in("streamed", from_16_on, operation="edge_transition", thresholds=(16,))
+    stand_in("torch", from_16_on, operation="edge_transition", thresholds=(16,))
     answers = [common_kernel("edge_transition_attention", z, length=n, **call) for n in (3, 15, 16, 40)]
     assert answers == [False, False, True, True]
-    stand_in("streamed", refuses, operation="edge_transition_attention")
+    stand_in("torch", refuses, operation="edge_transition_attention")
     assert not common_kernel("edge_transition_attention", z, length=40, **call)
     error = {**call, "config": token(KernelConfig(preset="torch", fallback="error"))}
     assert not common_kernel("edge_transition_attention", z, length=40, **error)

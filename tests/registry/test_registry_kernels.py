@@ -45,7 +45,7 @@ def test_an_exception_in_supports_is_an_error() -> None:
     def broken(request: Request) -> list[Reason]:
         raise AttributeError("'Request' object has no attribute 'lenght'")
 
-    stand_in("sdpa", broken)
+    stand_in("torch", broken)
     for config in ("torch", "auto", {"attention": "sdpa"}):
         with pytest.raises(AttributeError, match="lenght"):
             decide(request_for(), config)
@@ -53,12 +53,12 @@ def test_an_exception_in_supports_is_an_error() -> None:
 
 def test_a_kernel_without_a_backward_serves_inference_only() -> None:
     """With gradients it is rejected with a reason; without, it runs; the function looked up follows the mode."""
-    stand_in("sdpa", backward=False)
-    assert decide(request_for(), "torch").kernel.name == "sdpa"
+    stand_in("torch", backward=False)
+    assert decide(request_for(), "torch").kernel.name == "torch"
     decision = decide(request_for(grad=True), "torch")
     assert decision.kernel.name == "reference"
     assert decision.rejected == (
-        ("sdpa", (Reason("it has no backward pass", "run under torch.no_grad(), or choose another kernel"),)),
+        ("torch", (Reason("it has no backward pass", "run under torch.no_grad(), or choose another kernel"),)),
     )
     x = torch.randn(1, 3, 2, 4, requires_grad=True)
     with record_kernels() as ran:
@@ -71,11 +71,11 @@ def test_a_kernel_without_a_backward_serves_inference_only() -> None:
 
 def test_deterministic_asks_for_kernels_that_are() -> None:
     """`deterministic: true` rejects the others, with what to do; false takes them."""
-    stand_in("sdpa", deterministic=False)
-    assert decide(request_for(), "torch").kernel.name == "sdpa"
+    stand_in("torch", deterministic=False)
+    assert decide(request_for(), "torch").kernel.name == "torch"
     decision = decide(request_for(deterministic=True), "torch")
     assert decision.rejected == (
-        ("sdpa", (Reason("its results differ from run to run", "set deterministic: false"),)),
+        ("torch", (Reason("its results differ from run to run", "set deterministic: false"),)),
     )
     x = torch.randn(1, 3, 2, 4)
     with record_kernels() as ran:
@@ -86,14 +86,14 @@ def test_deterministic_asks_for_kernels_that_are() -> None:
 
 def test_a_missing_package_is_told_with_its_fix() -> None:
     """For this machine by trying it, for another by its description, and the fix is that machine's."""
-    stand_in("sdpa", needs=("trifast>=0.1.13",))
+    stand_in("torch", needs=("trifast>=0.1.13",))
     stand_in("later", needs=("trifast>=99",))
     mac, h100 = MACHINES["mac"], MACHINES["h100"]
     rejected = decide(request_for(device="mps"), "torch", mac).rejected
     ((name, (reason,)),) = rejected
-    assert (name, reason.why) == ("sdpa", "trifast>=0.1.13: not installed on Apple M3 Max")
+    assert (name, reason.why) == ("torch", "trifast>=0.1.13: not installed on Apple M3 Max")
     assert reason.fix == mac.fix("trifast>=0.1.13") and "Linux only" in reason.fix
-    assert decide(request_for(device="cuda", capability=(9, 0)), "torch", h100).kernel.name == "sdpa"
+    assert decide(request_for(device="cuda", capability=(9, 0)), "torch", h100).kernel.name == "torch"
     with pytest.raises(KernelUnavailable) as caught:
         decide(request_for(device="cuda", capability=(9, 0)), {"attention": "later"}, h100)
     assert "is 0.1.13" in str(caught.value) and "fix: pip install 'trifast>=99'" in str(caught.value)
@@ -101,10 +101,10 @@ def test_a_missing_package_is_told_with_its_fix() -> None:
 
 def test_what_is_installed_later_counts_after_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's findings are asked for at each decision, never kept in the record."""
-    stand_in("sdpa", needs=("trifast",))
+    stand_in("torch", needs=("trifast",))
     monkeypatch.setattr(machine, "usable", lambda requirement: f"{requirement}: broken")
     monkeypatch.setattr(machine, "fix", lambda requirement: "mend it")
-    assert decide(request_for(), "torch").rejected == (("sdpa", (Reason("trifast: broken", "mend it"),)),)
+    assert decide(request_for(), "torch").rejected == (("torch", (Reason("trifast: broken", "mend it"),)),)
     monkeypatch.setattr(machine, "usable", lambda requirement: None)
     assert decide(request_for(), "torch").rejected == ()
 
@@ -178,13 +178,12 @@ def test_every_kernel_is_what_its_file_says(operation: str) -> None:
 
 
 #: What `auto`, `flash` and `torch` choose in float32 and bfloat16, for inference and training.
-ON_PYTORCH = {**dict.fromkeys(OPERATIONS, "streamed"), "attention": "sdpa"}
 CHOICES = {
-    "h100": ON_PYTORCH,
-    "a100": ON_PYTORCH,
-    "rtx4090": ON_PYTORCH,
-    "mac": ON_PYTORCH,
-    "cpu": ON_PYTORCH,
+    "h100": dict.fromkeys(OPERATIONS, "torch"),
+    "a100": dict.fromkeys(OPERATIONS, "torch"),
+    "rtx4090": dict.fromkeys(OPERATIONS, "torch"),
+    "mac": dict.fromkeys(OPERATIONS, "torch"),
+    "cpu": dict.fromkeys(OPERATIONS, "torch"),
 }
 
 
@@ -205,8 +204,7 @@ def test_choices_of_machines_that_are_not_here(name: str, preset: str) -> None:
             )
             decision = decide(request, preset, on)
             lacking = [WITH_OPTIONS[operation, option] for option in used if (operation, option) in WITH_OPTIONS]
-            ours = ("streamed", "sdpa", "reference")
-            if not (on.device == "cuda" and PRESETS[preset][operation]["cuda"][0] not in ours):
+            if not (on.device == "cuda" and PRESETS[preset][operation]["cuda"][0] not in ("torch", "reference")):
                 # The libraries' limits are held by tests of their own.
                 expected = "reference" if preset == "reference" else (lacking or [CHOICES[name][operation]])[0]
                 assert decision.kernel.name == expected, str(decision)
@@ -224,7 +222,7 @@ def test_the_fused_pass_is_for_cpus(name: str) -> None:
     request = request_for("edge_transition_attention", on.device, capability=on.capability)
     decision = decide(request, "auto", on)
     if on.device == "cpu":
-        assert decision.kernel.name == "streamed"
+        assert decision.kernel.name == "torch"
     else:
         assert decision.kernel.name == "reference" and "CPU only" in str(decision)
 
