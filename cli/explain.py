@@ -22,7 +22,7 @@ EXAMPLES = """\b
 Examples:
   foldkernels explain config.yaml --length 256
   foldkernels explain weights/ --machine h100 --kernel flash
-  foldkernels explain weights/ --kernel attention=sdpa --json
+  foldkernels explain weights/ --kernel attention=torch --json
 """
 
 

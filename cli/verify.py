@@ -283,7 +283,7 @@ def _known(values: Iterable[str] | None, option: str, known: Sequence[str]) -> l
 def _kernel_names() -> list[str]:
     from ..kernels.registry import kernels, operations
 
-    return sorted({"torch", *(name for operation in operations() for name in kernels(operation))})
+    return sorted({name for operation in operations() for name in kernels(operation)})
 
 
 def _precisions() -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .presets import OPERATIONS, PRESETS, kernel_name
+from .presets import OPERATIONS, PRESETS
 
 Fallback = Literal["warn", "error", "silent"]
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -25,8 +25,7 @@ class KernelConfig(BaseModel):
     """Which kernel runs each operation.
 
     A bare word is a preset: `KernelConfig.model_validate("flash")` is `KernelConfig(preset="flash")`. A kernel given
-    under an operation's name is required: if it cannot run, `KernelUnavailable` says why. `torch` names the kernel in
-    PyTorch's own operators: `sdpa` for attention, `streamed` for every other operation.
+    under an operation's name is required: if it cannot run, `KernelUnavailable` says why.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,8 +77,7 @@ class KernelConfig(BaseModel):
 
     def required(self, operation: str) -> str | None:
         """The kernel named for `operation`, or None where the preset chooses."""
-        name = getattr(self, operation, None) if operation in OPERATIONS else None
-        return None if name is None else kernel_name(operation, name)  # one that was pickled may still say `torch`
+        return getattr(self, operation, None) if operation in OPERATIONS else None
 
 
 def expand(value: Any) -> Any:
@@ -97,7 +95,7 @@ def expand(value: Any) -> Any:
     if not isinstance(value, Mapping):
         raise ValueError(
             f"`kernel` is a word or a mapping, not {type(value).__name__}: write `kernel: flash`, "
-            "or `kernel: {preset: flash, attention: sdpa}`."
+            "or `kernel: {preset: flash, attention: torch}`."
         )
     preset = value.get("preset", "auto")
     if not isinstance(preset, str) or preset not in PRESETS:
@@ -106,9 +104,6 @@ def expand(value: Any) -> Any:
         if key not in KernelConfig.model_fields:
             raise ValueError(f"`kernel` has no key {key!r}" + did_you_mean(str(key), list(KernelConfig.model_fields)))
     values = dict(value)
-    for operation in OPERATIONS:
-        if isinstance(values.get(operation), str):
-            values[operation] = kernel_name(operation, values[operation])
     if "precision" in values:
         values["precision"] = PRECISION_ALIASES.get(str(values["precision"]), values["precision"])
     return values

@@ -4,7 +4,7 @@ The head of a device's own list is its first choice there, so one word serves a 
 is what `fallback` is about. Only kernels that exist stand here; a test compares the names with the registry.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 
 Device = str
@@ -26,33 +26,14 @@ OPERATIONS: tuple[str, ...] = (
 #: The device types that have lists of their own; any other device reads the CPU's.
 DEVICES: tuple[Device, ...] = ("cuda", "mps", "cpu")
 
+_STREAMED: Candidates = ("torch", "reference")
 _DEFINITION: Candidates = ("reference",)
 
 
-def pytorch_kernel(operation: str) -> str:
-    """Name the kernel of an operation that is written in PyTorch's own operators.
-
-    It streams, but for `attention`, where it calls scaled_dot_product_attention.
-    """
-    return "sdpa" if operation == "attention" else "streamed"
-
-
-def kernel_name(operation: str, name: str) -> str:
-    """Resolve `torch`, which stands for the kernel in PyTorch's own operators; any other name is its own."""
-    return pytorch_kernel(operation) if name == "torch" else name
-
-
-def _pytorch(operation: str) -> Candidates:
-    return (pytorch_kernel(operation), "reference")
-
-
-def _everywhere(candidates: Callable[[str], Candidates], cuda: Mapping[str, Candidates] | None = None) -> Lists:
-    """The same list for every device of an operation, but for operations that start with others on CUDA."""
+def _everywhere(candidates: Candidates, cuda: Mapping[str, Candidates] | None = None) -> Lists:
+    """The same list for every operation and device, but for operations that start with others on CUDA."""
     return {
-        operation: {
-            **dict.fromkeys(DEVICES, candidates(operation)),
-            "cuda": ((cuda or {}).get(operation, ()) + candidates(operation)),
-        }
+        operation: {**dict.fromkeys(DEVICES, candidates), "cuda": ((cuda or {}).get(operation, ()) + candidates)}
         for operation in OPERATIONS
     }
 
@@ -90,18 +71,18 @@ _TRITON: Mapping[str, Candidates] = dict.fromkeys(
 PRESETS: Mapping[str, Lists] = MappingProxyType(
     {
         # The best kernel that computes exactly what the reference defines.
-        "auto": _everywhere(_pytorch, cuda=_LIBRARIES),
+        "auto": _everywhere(_STREAMED, cuda=_LIBRARIES),
         # The definition itself, and nothing else.
-        "reference": _everywhere(lambda operation: _DEFINITION),
+        "reference": _everywhere(_DEFINITION),
         # PyTorch's own operators only.
-        "torch": _everywhere(_pytorch),
+        "torch": _everywhere(_STREAMED),
         # Kernels that never hold the attention matrix.
-        "flash": _everywhere(_pytorch, cuda=_FLASH),
+        "flash": _everywhere(_STREAMED, cuda=_FLASH),
         # Our own Triton kernels, where an operation has one.
-        "triton": _everywhere(_pytorch, cuda=_TRITON),
+        "triton": _everywhere(_STREAMED, cuda=_TRITON),
         # NVIDIA's library, where it has a kernel for the operation.
         "cuequivariance": _everywhere(
-            _pytorch, cuda={**_CUEQUIVARIANCE, "invariant_point_attention": ("cuequivariance",)}
+            _STREAMED, cuda={**_CUEQUIVARIANCE, "invariant_point_attention": ("cuequivariance",)}
         ),
     }
 )
@@ -124,5 +105,5 @@ def candidates(preset: str, operation: str, device: Device) -> Candidates:
     lists = PRESETS[preset].get(operation)
     if lists is None:
         # An operation that a third party added: the words still mean what they say.
-        return _DEFINITION if preset == "reference" else _pytorch(operation)
+        return _DEFINITION if preset == "reference" else _STREAMED
     return lists.get(device, lists["cpu"])

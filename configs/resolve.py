@@ -31,11 +31,11 @@ class ResolvedKernel:
 
 
 def parse_words(words: Iterable[str]) -> dict[str, Any]:
-    """Read `flash` and `attention=sdpa` as they stand on a command line; a later word wins.
+    """Read `flash` and `attention=torch` as they stand on a command line; a later word wins.
 
     Example:
-        >>> parse_words(["flash", "attention=sdpa"])
-        {'preset': 'flash', 'attention': 'sdpa'}
+        >>> parse_words(["flash", "attention=torch"])
+        {'preset': 'flash', 'attention': 'torch'}
     """
     values: dict[str, Any] = {}
     for word in words:
@@ -54,7 +54,7 @@ def resolve_kernel(
 
     Args:
         call: What Python code passed: a word, a mapping, a `KernelConfig`, or None.
-        command_line: The values of `--kernel`, e.g. `("flash", "attention=sdpa")`.
+        command_line: The values of `--kernel`, e.g. `("flash", "attention=torch")`.
         file: The `kernel:` section of a file, resolved: a word, a mapping, or None.
         environment: In place of the variable `FOLDKERNELS_KERNEL`, whose words are separated by commas.
 

@@ -34,12 +34,12 @@ kernel: flash                # a word is a preset
 ```yaml
 kernel:
   preset: auto
-  attention: sdpa            # required: if it cannot run, that is an error
+  attention: torch           # required: if it cannot run, that is an error
   fallback: error
 ```
 
 Each key is taken from the first place that sets it: the call (`multiflow.load(..., kernel=)`), the command line
-(`--kernel flash --kernel attention=sdpa`), `FOLDKERNELS_KERNEL`, the file, the default. `foldkernels explain` and
+(`--kernel flash --kernel attention=torch`), `FOLDKERNELS_KERNEL`, the file, the default. `foldkernels explain` and
 `print(model.kernels)` say which place it was.
 """
 

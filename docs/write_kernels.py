@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from foldkernels.configs.presets import DEVICES, OPERATIONS, PRESETS, pytorch_kernel
+from foldkernels.configs.presets import DEVICES, OPERATIONS, PRESETS
 from foldkernels.kernels import registry
 from foldkernels.kernels.registry.types import Dims, Kernel, Operation, Request
 
@@ -73,7 +73,7 @@ def _in_order() -> list[str]:
 
 
 def _best_last(operation: str) -> list[str]:
-    return sorted(_ours(operation), key=lambda name: (name != "reference", name != pytorch_kernel(operation), name))
+    return sorted(_ours(operation), key=lambda name: (name != "reference", name != "torch", name))
 
 
 def _ours(operation: str) -> dict[str, Kernel]:
@@ -126,7 +126,7 @@ def _fields(node: ast.ClassDef) -> Iterator[str]:
 def _type(annotation: str) -> str:
     """`Float[Tensor, 'b n h c'] | None` as people read it."""
     text = re.sub(r"(\w+)\[Tensor, '\s*([^']*)'\]", r"\1 [\2]", annotation)
-    return "`" + text.replace(" | ", "` or `") + "`"
+    return "`" + text.replace("pytorch.", "torch.").replace(" | ", "` or `") + "`"
 
 
 def _sections(doc: str) -> tuple[str, dict[str, str]]:
@@ -223,8 +223,7 @@ def _choice(operation: Operation) -> Iterator[str]:
     for preset, lists in PRESETS.items():
         columns = (", ".join(lists[operation.name][device]) for device in DEVICES)
         yield f"| `{preset}` | {' | '.join(columns)} |"
-    exact = pytorch_kernel(operation.name)
-    yield f"\nTo require one: `kernel: {{{operation.name}: {exact}}}`. [How to choose](../configuration.md)."
+    yield f"\nTo require one: `kernel: {{{operation.name}: torch}}`. [How to choose](../configuration.md)."
 
 
 if __name__ == "__main__":

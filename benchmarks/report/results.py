@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...configs.presets import kernel_name
 from ...errors import BadInput
 
 #: What the file says it is; a file of a newer form is refused, not guessed at.
@@ -193,18 +192,6 @@ def read(path: Path) -> Results:
         raise BadInput(f"{path}: its rows are damaged ({type(error).__name__}: {str(error)[:200]})") from None
 
 
-def _renamed(row: Row) -> Row:
-    """Give a kernel that an older version called `torch` its name of today; a model's `torch` is a preset."""
-    ran = (str(each).partition(": ") for each in row.runs)
-    row = dataclasses.replace(
-        row, runs=tuple(operation + colon + kernel_name(operation, name) for operation, colon, name in ran)
-    )
-    if row.kind != "operation":
-        return row
-    kernel, baseline = (kernel_name(row.subject, name) for name in (row.kernel, row.baseline))
-    return dataclasses.replace(row, kernel=kernel, baseline=baseline)
-
-
 _TEXT = ("kind", "subject", "kernel", "mode", "dtype", "device", "status")
 _NUMBERS = ("ms", "low_ms", "high_ms", "fastest_ms", "ratio", "ratio_low", "ratio_high", "memory_mb", "error",
             "plain_error", "allowed_error")  # fmt: skip
@@ -215,7 +202,7 @@ def _row(data: Mapping[str, Any]) -> Row:
     known: dict[str, Any] = {name: value for name, value in data.items() if name in _FIELDS}
     for name in ("runs", "alike"):
         known[name] = tuple(known.get(name, ()))
-    row = _renamed(Row(**known))
+    row = Row(**known)
     for name in _TEXT:
         if not isinstance(getattr(row, name), str):
             raise TypeError(f"{name} is no text")

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from ...configs.kernel import KernelConfig
-from ...configs.presets import OPERATIONS, PRESETS, pytorch_kernel
+from ...configs.presets import OPERATIONS, PRESETS
 from ...kernels import registry
 from ...kernels.registry.types import Dims, Request
 from ...kernels.testing import accuracy
@@ -136,7 +136,7 @@ class OperationSubject:
 
     def sides(self, device: str) -> list[str]:
         """The definition first, then plain PyTorch, then the others by name."""
-        first = ["reference", pytorch_kernel(self.name)]
+        first = ["reference", "torch"]
         return sorted(registry.kernels(self.name), key=lambda kernel: (*(kernel != name for name in first), kernel))
 
     def alike(self, device: str) -> Mapping[str, list[str]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...configs.kernel import did_you_mean
-from ...configs.presets import PRESETS, candidates, kernel_name
+from ...configs.presets import PRESETS, candidates
 from ...errors import BadInput
 from ..report.results import BACKWARD, FORWARD
 
@@ -158,8 +158,8 @@ def chosen(
             wanted.update(sides)
         elif equals:
             if operation == subject:
-                wanted.add(kernel_name(operation, kernel))
-                must.add(kernel_name(operation, kernel))
+                wanted.add(kernel)
+                must.add(kernel)
         elif word in PRESETS:
             listed = [side for side in candidates(word, subject, of_kind) if side in known.sides]
             ready = [side for side in listed if not known.why.get(side)]
@@ -185,5 +185,5 @@ def check_words(words: Sequence[str], every: Sequence[Known], operations: Sequen
         if operation not in operations:
             raise BadInput(f"--kernel {word}: no operation {operation!r}" + did_you_mean(operation, sorted(operations)))
         own = [side for known in every if known.name == operation for side in known.sides]
-        if own and kernel_name(operation, kernel) not in own:
+        if own and kernel not in own:
             raise BadInput(f"--kernel {word}: {operation} has no kernel {kernel!r}" + did_you_mean(kernel, own))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...configs.presets import kernel_name
 from ...errors import BadInput
 from ..measure import statistics
 from ..measure.fresh_process import EXACT_MEMORY
@@ -336,8 +335,7 @@ class Run:
 
     def _as_rows(self, known: Known, point: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> list[Row]:
         timed = [side for side, row in found.items() if "seconds" in row]
-        named = (self.plan.baseline, kernel_name(known.name, self.plan.baseline))  # of a model, `torch` is a preset
-        baseline = next((side for side in (*named, *timed) if side in timed), "")
+        baseline = self.plan.baseline if self.plan.baseline in timed else next(iter(timed), "")
         kind = next(spec["kind"] for spec, k in zip(self.plan.subjects, self.known, strict=True) if k is known)
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         rows = []

@@ -9,7 +9,7 @@ from ...configs.resolve import ENVIRONMENT_VARIABLE
 
 #: Ours. `docs/configuration.md` is written from this, and a test compares it with the code.
 OURS: Mapping[str, str] = {
-    ENVIRONMENT_VARIABLE: "What `--kernel` takes, separated by commas: `flash`, or `flash,attention=sdpa`. "
+    ENVIRONMENT_VARIABLE: "What `--kernel` takes, separated by commas: `flash`, or `flash,attention=torch`. "
     "The command line and the call win over it, it wins over the file.",
     "FOLDKERNELS_CACHE": "The folder for what is measured once and kept (`foldkernels` in the user's cache folder when "
     "not set).",

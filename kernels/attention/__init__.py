@@ -3,7 +3,7 @@
 Vaswani et al. 2017, section 3.2.1. Multiflow's sequence transformer and ESM-2 use it.
 """
 
-import torch
+import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -50,7 +50,7 @@ def attention(
     keep = None
     b, n, h, d = q.shape
     if dropout > 0.0:
-        keep = torch.empty(b, h, n, n, device=q.device, dtype=torch.bool).bernoulli_(1.0 - dropout)
+        keep = pytorch.empty(b, h, n, n, device=q.device, dtype=pytorch.bool).bernoulli_(1.0 - dropout)
     require_one_device(q, k, v, mask)
     run = function_for(
         OPERATION.name,

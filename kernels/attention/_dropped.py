@@ -60,4 +60,4 @@ def _backward(ctx, d_out):  # type: ignore[no-untyped-def]
 
 
 attention_dropped.register_autograd(as_remembered(_backward), setup_context=remembering(_keep))
-no_double_backward(attention_dropped_backward, operation="attention", kernel="sdpa")
+no_double_backward(attention_dropped_backward, operation="attention", kernel="torch")

@@ -20,7 +20,7 @@ def supports(request: Request) -> list[Reason]:
         reasons.append(
             Reason(
                 "attention maps are wanted, and flash-attn never forms them",
-                "use kernel 'sdpa' or 'reference' (kernel: {attention: sdpa}), or ask for no maps: only_single: true "
+                "use kernel 'torch' or 'reference' (kernel: {attention: torch}), or ask for no maps: only_single: true "
                 "where they are the pair features of a language model",
             )
         )

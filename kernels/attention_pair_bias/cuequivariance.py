@@ -25,9 +25,7 @@ def supports(request: Request) -> list[Reason]:
     reasons = against_attention(request)
     if "cross" in request.options:
         reasons.append(
-            Reason(
-                "cuEquivariance itself runs plain PyTorch for few queries, however many keys", "use kernel 'streamed'"
-            )
+            Reason("cuEquivariance itself runs plain PyTorch for few queries, however many keys", "use kernel 'torch'")
         )
     return reasons
 

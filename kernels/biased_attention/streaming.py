@@ -243,5 +243,5 @@ def streamed(operation: str) -> Any:
         return *backward(d_out, *ctx.saved_tensors), None
 
     forward.register_autograd(as_remembered(gradients), setup_context=remembering(keep))
-    no_double_backward(backward, operation=operation, kernel="streamed")
+    no_double_backward(backward, operation=operation, kernel="torch")
     return forward

@@ -22,15 +22,13 @@ def against_device(request: Request) -> list[Reason]:
     reasons = []
     if request.device != "cuda":
         reasons.append(
-            Reason(f"cuEquivariance runs on NVIDIA GPUs, the tensors are on {request.device}", "use kernel 'streamed'")
+            Reason(f"cuEquivariance runs on NVIDIA GPUs, the tensors are on {request.device}", "use kernel 'torch'")
         )
     elif request.capability is None:
-        reasons.append(
-            Reason("cuEquivariance runs on NVIDIA GPUs, and this is none of theirs", "use kernel 'streamed'")
-        )
+        reasons.append(Reason("cuEquivariance runs on NVIDIA GPUs, and this is none of theirs", "use kernel 'torch'"))
     if request.dtype not in (*_16_BIT, torch.float32):
         name = str(request.dtype).removeprefix("torch.")
-        reasons.append(Reason(f"cuEquivariance has no kernels for {name}", "use float32, or kernel 'streamed'"))
+        reasons.append(Reason(f"cuEquivariance has no kernels for {name}", "use float32, or kernel 'torch'"))
     return reasons
 
 
@@ -42,28 +40,27 @@ def against_attention(request: Request) -> list[Reason]:
     if m < shortest:
         reasons.append(
             Reason(
-                f"cuEquivariance itself runs plain PyTorch up to {shortest - 1} tokens (d = {d})",
-                "use kernel 'streamed'",
+                f"cuEquivariance itself runs plain PyTorch up to {shortest - 1} tokens (d = {d})", "use kernel 'torch'"
             )
         )
     if request.dtype in _16_BIT and (d > 128 or d % 8):
-        reasons.append(Reason(f"head size {d} is not a multiple of 8 up to 128", "use kernel 'streamed'"))
+        reasons.append(Reason(f"head size {d} is not a multiple of 8 up to 128", "use kernel 'torch'"))
     if request.dtype is torch.float32 and (d > 32 or d % 4):
         reasons.append(
             Reason(
-                f"head size {d} is not a multiple of 4 up to 32, as float32 wants", "use bfloat16, or kernel 'streamed'"
+                f"head size {d} is not a multiple of 4 up to 32, as float32 wants", "use bfloat16, or kernel 'torch'"
             )
         )
     if request.dtype is torch.float32 and request.grad and request.precision == "float32":
         reasons.append(
-            Reason("its float32 backward pass computes in tf32", "set precision: tf32, or use kernel 'streamed'")
+            Reason("its float32 backward pass computes in tf32", "set precision: tf32, or use kernel 'torch'")
         )
     if request.capability is not None and request.capability[0] == 10:
         reasons.append(
             Reason(
                 "on compute capability 10 it rounds the bias to 16 bits, wants lengths that are multiples of 8, and "
                 "falls back inside under a mask",
-                "use kernel 'streamed'",
+                "use kernel 'torch'",
             )
         )
     return reasons
@@ -82,5 +79,5 @@ def check_backward(dtype: torch.dtype, grad: bool) -> None:
     if grad and dtype is torch.float32 and not tf32.allowed():
         raise RuntimeError(
             "cuEquivariance's float32 backward pass of attention computes in tf32, which PyTorch forbids here: set "
-            "precision: tf32, or torch.backends.cuda.matmul.allow_tf32 = True, or use bfloat16 or kernel 'streamed'"
+            "precision: tf32, or torch.backends.cuda.matmul.allow_tf32 = True, or use bfloat16 or kernel 'torch'"
         )

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from ...configs.presets import pytorch_kernel
 from ..dtypes import any_requires_grad
 from ..hardware.machine import imported
 from ..registry.types import Reason, Request
@@ -39,15 +38,16 @@ def against(request: Request, width: int) -> list[Reason]:
     In float32 it serves where the configuration lets kernels round to bfloat16: `attend` then rounds.
     """
     reasons = []
-    other = f"kernel {pytorch_kernel(request.operation)!r}"
     if request.device != "cuda":
-        reasons.append(Reason(f"flash-attn runs on NVIDIA GPUs, the tensors are on {request.device}", f"use {other}"))
+        reasons.append(
+            Reason(f"flash-attn runs on NVIDIA GPUs, the tensors are on {request.device}", "use kernel 'torch'")
+        )
     elif request.capability is None:
-        reasons.append(Reason("flash-attn runs on NVIDIA GPUs, and this is none of theirs", f"use {other}"))
+        reasons.append(Reason("flash-attn runs on NVIDIA GPUs, and this is none of theirs", "use kernel 'torch'"))
     elif request.capability < (8, 0):
         found = ".".join(map(str, request.capability))
         reasons.append(
-            Reason(f"flash-attn wants compute capability 8.0 or newer, this GPU has {found}", f"use {other}")
+            Reason(f"flash-attn wants compute capability 8.0 or newer, this GPU has {found}", "use kernel 'torch'")
         )
     rounds = request.dtype is torch.float32 and request.precision == "bfloat16"
     if request.dtype not in _16_BIT and not rounds:
@@ -55,13 +55,13 @@ def against(request: Request, width: int) -> list[Reason]:
         reasons.append(
             Reason(
                 f"flash-attn computes in bfloat16 and float16, the tensors are {name}",
-                f"run under autocast, set precision: bfloat16, or use {other}",
+                "run under autocast, set precision: bfloat16, or use kernel 'torch'",
             )
         )
     if width > MAX_HEAD:
-        reasons.append(Reason(f"heads of {width} channels are wider than {MAX_HEAD}", f"use {other}"))
+        reasons.append(Reason(f"heads of {width} channels are wider than {MAX_HEAD}", "use kernel 'torch'"))
     if "dropout" in request.options:
-        reasons.append(Reason("flash-attn draws a dropout of its own", f"set dropout to 0, or use {other}"))
+        reasons.append(Reason("flash-attn draws a dropout of its own", "set dropout to 0, or use kernel 'torch'"))
     return reasons
 
 

@@ -108,7 +108,7 @@ def _backward(ctx, d_bias):  # type: ignore[no-untyped-def]
 
 
 pair_bias_streamed.register_autograd(as_remembered(_backward), setup_context=remembering(_keep))
-no_double_backward(pair_bias_streamed_backward, operation="attention_pair_bias", kernel="streamed")
+no_double_backward(pair_bias_streamed_backward, operation="attention_pair_bias", kernel="torch")
 
 
 # The loops ------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Campbell et al. 2024 (Multiflow); relative positions and distograms as in Jumper
 and 5.
 """
 
-import torch
+import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -44,7 +44,7 @@ def edge_features(
     *,
     num_bins: int = 22,
     eps: float = 1e-5,
-    out_dtype: torch.dtype | None = None,
+    out_dtype: pytorch.dtype | None = None,
     config: str = "",
 ) -> Float[Tensor, "b n n cz"]:
     """Embed every pair of residues.

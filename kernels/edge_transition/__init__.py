@@ -4,7 +4,7 @@ Yim et al. 2023 (FrameDiff, section "edge update"), as Multiflow and its relativ
 residual connection on [z_ij, n_i, n_j], then a linear layer and a LayerNorm.
 """
 
-import torch
+import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -72,7 +72,7 @@ def edge_transition(
         config=config,
     )
     dtype = floating_type(z)
-    rounded = dtype is torch.float32 and precision(config) == "bfloat16"
+    rounded = dtype is pytorch.float32 and precision(config) == "bfloat16"
     with without_autocast(z), tf32.allowance(z, precision(config)):
-        out: Tensor = run(nodes, cast(z, torch.bfloat16) if rounded else cast(z, dtype), *weights, mask, eps)
+        out: Tensor = run(nodes, cast(z, pytorch.bfloat16) if rounded else cast(z, dtype), *weights, mask, eps)
     return cast(out, dtype)

@@ -97,7 +97,7 @@ def _reason_against_float32(precision: str) -> Reason:
     5.5 TB/s from the L2 cache of an H200 6 ns, where PyTorch's products in tf32 need about 2 ns for a pair's 524 kflop
     and 2 ns more for its hidden layers' way through memory. That is arithmetic, not measured. A test holds the spills.
     """
-    fix = "use bfloat16 (autocast, or precision: bfloat16), or kernel 'streamed'"
+    fix = "use bfloat16 (autocast, or precision: bfloat16), or kernel 'torch'"
     if precision == "tf32":
         return Reason("in tf32 a tile has room for 32 pairs, too few for the weights that each tile reads", fix)
     return Reason("in float32, a tile's hidden layer does not fit the registers", fix)
@@ -108,7 +108,7 @@ def reasons_against(request: Request) -> list[Reason]:
     reasons = reasons_against_chip(request)
     if not reasons and request.capability is None:
         # Compiled for gfx942, the products of a tile whose left factor comes from registers become plain additions.
-        reasons.append(Reason("it is written for NVIDIA's GPUs, and this is AMD's", "use kernel 'streamed'"))
+        reasons.append(Reason("it is written for NVIDIA's GPUs, and this is AMD's", "use kernel 'torch'"))
     reasons += reasons_against_type(request)
     if request.dtype is torch.float32 and request.precision != "bfloat16":
         reasons.append(_reason_against_float32(request.precision))
@@ -116,12 +116,12 @@ def reasons_against(request: Request) -> list[Reason]:
     if max(wide.z, wide.out) > WIDEST:
         widest = max(request.dims["cz"], request.dims["cz_out"])
         reasons.append(
-            Reason(f"pairs of width {widest} do not fit a tile: {WIDEST} is the limit", "use kernel 'streamed'")
+            Reason(f"pairs of width {widest} do not fit a tile: {WIDEST} is the limit", "use kernel 'torch'")
         )
     most = MOST_PARTS[chips(request.capability)] if request.capability else max(MOST_PARTS.values())
     if wide.parts > most:
         hidden, limit = request.dims["cz"] + 2 * request.dims["cn"], PART * most
         reasons.append(
-            Reason(f"hidden layers of width {hidden} do not fit a tile: {limit} is the limit", "use kernel 'streamed'")
+            Reason(f"hidden layers of width {hidden} do not fit a tile: {limit} is the limit", "use kernel 'torch'")
         )
     return reasons

@@ -9,7 +9,7 @@ on each factor, their biases included, before the factors are multiplied.
 
 from typing import Literal, get_args
 
-import torch
+import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -44,7 +44,7 @@ def factorized_point_attention(
     mask: Bool[Tensor, "b n"] | None = None,
     *,
     lifting: Lifting = "precise",
-    attention_dtype: torch.dtype | None = None,
+    attention_dtype: pytorch.dtype | None = None,
     config: str = "",
 ) -> tuple[Float[Tensor, "b n h c"], Float[Tensor, "b n h pv 3"], Float[Tensor, "b n h cp"] | None]:
     """Attend over residues, by logits and values that are inner products of what queries and keys hold by themselves.
@@ -95,9 +95,9 @@ def factorized_point_attention(
     _, n, h, c = q.shape
     dtype = floating_type(q)
     # Distances are differences of large numbers: points are never given in 16 bits.
-    point_dtype = torch.float64 if dtype is torch.float64 else torch.float32
-    rounded = dtype is torch.float32 and precision(config) == "bfloat16"
-    inner = attention_dtype or (torch.bfloat16 if rounded else dtype)
+    point_dtype = pytorch.float64 if dtype is pytorch.float64 else pytorch.float32
+    rounded = dtype is pytorch.float32 and precision(config) == "bfloat16"
+    inner = attention_dtype or (pytorch.bfloat16 if rounded else dtype)
     b1, b2 = bias_factors or (None, None)
     z1, z2 = pair_factors or (None, None)
     read = (q, k, v, q_points, k_points, v_points, point_weights, b1, b2, z1, z2)

@@ -94,12 +94,10 @@ def reasons_against(request: Request) -> list[Reason]:
         return reasons
     reasons += reasons_against_type(request)
     if request.capability is None:
-        reasons.append(Reason("its products of float32 points are NVIDIA's", "use kernel 'streamed'"))
+        reasons.append(Reason("its products of float32 points are NVIDIA's", "use kernel 'torch'"))
     if "plain_lifting" in request.options:
         reasons.append(
-            Reason(
-                "it lifts nothing, and so cannot round as FlashIPA does", "use lifting='precise' or kernel 'streamed'"
-            )
+            Reason("it lifts nothing, and so cannot round as FlashIPA does", "use lifting='precise' or kernel 'torch'")
         )
     features = 3 * request.dims["p"] + (request.dims["r"] if "bias_factors" in request.options else 0)
     for what, columns in (("query points and rank", features), ("value points", 3 * request.dims["pv"])):
@@ -107,7 +105,7 @@ def reasons_against(request: Request) -> list[Reason]:
             reasons.append(
                 Reason(
                     f"{what} are {columns} columns of float32, and {_FEATURES} is its limit",
-                    "use kernel 'streamed', which has none",
+                    "use kernel 'torch', which has none",
                 )
             )
     return reasons

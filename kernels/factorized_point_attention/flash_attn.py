@@ -33,7 +33,7 @@ def supports(request: Request) -> list[Reason]:
             Reason(
                 f"{sizes} make lifted queries of {of_query} and values of {of_value} columns; "
                 f"flash-attn takes {MAX_HEAD} at most",
-                "use kernel 'streamed' or 'triton', which have no such limit",
+                "use kernel 'torch' or 'triton', which have no such limit",
             )
         )
     return reasons

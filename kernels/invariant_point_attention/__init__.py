@@ -4,7 +4,7 @@ Jumper et al. 2021, Supplementary Algorithm 22, lines 7 to 11. What comes before
 global frame) and after (back into the local frame, the output projection) is the module's.
 """
 
-import torch
+import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -73,7 +73,7 @@ def invariant_point_attention(
     keep = None
     b, n, h, c = q.shape
     if logit_dropout > 0.0:
-        keep = torch.empty(b, h, n, n, device=q.device).bernoulli_(1.0 - logit_dropout).div_(1.0 - logit_dropout)
+        keep = pytorch.empty(b, h, n, n, device=q.device).bernoulli_(1.0 - logit_dropout).div_(1.0 - logit_dropout)
     require_one_device(q, k, v, q_points, k_points, v_points, point_weights, z, bias_weight, mask, pair_mask)
     run = function_for(
         OPERATION.name,
@@ -86,10 +86,10 @@ def invariant_point_attention(
     )
     dtype = floating_type(q)
     # Distances are differences of large numbers: points are never held in 16 bits.
-    point_dtype = torch.float64 if dtype is torch.float64 else torch.float32
+    point_dtype = pytorch.float64 if dtype is pytorch.float64 else pytorch.float32
     # A CPU and a Mac multiply z by a few heads in float32, whatever it is held in: to round it first gains nothing.
     narrow = z.device.type not in ("cpu", "mps")
-    rounded = narrow and dtype is torch.float32 and precision(config) == "bfloat16"
+    rounded = narrow and dtype is pytorch.float32 and precision(config) == "bfloat16"
     with without_autocast(q), tf32.allowance(q, precision(config)):
         out: tuple[Tensor, Tensor, Tensor] = run(
             cast(q, dtype),
@@ -99,7 +99,7 @@ def invariant_point_attention(
             cast(k_points, point_dtype),
             cast(v_points, point_dtype),
             cast(point_weights, point_dtype),
-            cast(z, torch.bfloat16) if rounded else z if z.dtype is torch.bfloat16 else cast(z, dtype),
+            cast(z, pytorch.bfloat16) if rounded else z if z.dtype is pytorch.bfloat16 else cast(z, dtype),
             cast(bias_weight, dtype),
             mask,
             pair_mask,

@@ -200,7 +200,7 @@ def reasons_against(request: Request) -> list[Reason]:
         reasons.append(Reason("it cannot drop logits", "use kernel 'reference', or set the IPA's dropout to 0"))
     if request.capability is None:
         why = "AMD's compiler makes plain multiply-adds of its products, with hundreds of registers spilled"
-        return [*reasons, Reason(why, "use kernel 'streamed'")]
+        return [*reasons, Reason(why, "use kernel 'torch'")]
     cz = request.dims["cz"]
     h = min(request.dims["h"], heads_at_once(cz))
     if cz > CHANNELS:

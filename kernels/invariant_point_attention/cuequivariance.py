@@ -50,14 +50,14 @@ def supports(request: Request) -> list[Reason]:
     reasons = against_attention(replace(request, dims=asked))
     if width > widest:
         sizes, bits = f"c={dims['c']} p={dims['p']} pv={dims['pv']}", 16 if narrow else 32
-        fix = "use kernel 'streamed'" if narrow else "use bfloat16, or kernel 'streamed'"
+        fix = "use kernel 'torch'" if narrow else "use bfloat16, or kernel 'torch'"
         reasons.append(
             Reason(f"{sizes} make lifted heads of {width} columns; with {bits} bits cuEquivariance takes {widest}", fix)
         )
     if "logit_dropout" in request.options:
         reasons.append(Reason("it cannot drop logits", "use kernel 'reference', or set the IPA's dropout to 0"))
     if request.compiled:
-        reasons.append(Reason("Dynamo cannot trace a backward pass that calls the library's", "use kernel 'streamed'"))
+        reasons.append(Reason("Dynamo cannot trace a backward pass that calls the library's", "use kernel 'torch'"))
     return reasons
 
 

@@ -2,7 +2,7 @@
 
 That holds for as many heads as a tile has, 16, or 8 where z is wider than 128; more are served in groups, one after the
 other.
-Queries and keys are lifted as for the kernel `streamed`; beside a 16-bit z, each lifted number is the sum of two of 16
+Queries and keys are lifted as for the kernel `torch`; beside a 16-bit z, each lifted number is the sum of two of 16
 bits, so that the logits are as good as float32's.
 
 On chips of capability 9.0 and more the forward pass beside a 16-bit z and up to 8 heads has a second way to read its

@@ -7,7 +7,6 @@ from ...errors import KernelFallbackWarning, KernelUnavailable
 from ..hardware import machine
 from .choice import decide, precision, reasons_against, settings_of, token
 from .dispatch import common_kernel, function_for, record_kernels, require
-from .former_modules import add_former_modules
 from .registration import (
     ENTRY_POINT_GROUP,
     broken_plugins,
@@ -20,8 +19,6 @@ from .registration import (
     thresholds,
 )
 from .types import Decision, Dims, Kernel, Operation, Reason, Request, serves_everything
-
-add_former_modules()
 
 __all__ = [
     "ENTRY_POINT_GROUP",

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad as _forward_mode
 
-from ...configs.presets import kernel_name
 from ...configs.resolve import ENVIRONMENT_VARIABLE
 from ...errors import KernelUnavailable, TransformUnsupported
 from ..dtypes import constant, floating_type
@@ -312,7 +311,7 @@ def require(operation: str, kernel: str) -> Iterator[None]:
     global _decided, _fused
     before = (_decided, _fused, _demanded.get(operation))
     _decided, _fused = {}, {}
-    _demanded[operation] = kernel_name(operation, kernel)
+    _demanded[operation] = kernel
     try:
         yield
     finally:

@@ -4,13 +4,11 @@ import importlib
 import pkgutil
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from ...configs.kernel import did_you_mean
-from ...configs.presets import kernel_name
 from ..dtypes import constant
 from .types import Kernel, Operation
 
@@ -49,7 +47,6 @@ def register(kernel: Kernel | None = None, /, **fields: Any) -> Kernel:
         The record.
     """
     record = kernel if kernel is not None else Kernel(**fields)
-    record = replace(record, name=kernel_name(record.operation, record.name))
     with _registering:
         # A new mapping: another thread may be walking through the old one.
         _kernels[record.operation] = {**_kernels.get(record.operation, {}), record.name: record}

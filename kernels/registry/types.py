@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from ...configs.presets import kernel_name
-
 KernelFunction = Callable[..., Any]
 
 
@@ -146,10 +144,6 @@ class Kernel:
     deterministic: bool = True
     thresholds: tuple[int, ...] = ()
     transforms: frozenset[str] = ALL_TRANSFORMS
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a pickled record's fields; one of an older version may be named `torch`."""
-        self.__dict__.update(state, name=kernel_name(state["operation"], state["name"]))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...configs.kernel import KernelConfig
-from ...configs.presets import OPERATIONS, kernel_name
+from ...configs.presets import OPERATIONS
 from .. import registry
 from ..hardware import tf32
 from ..registry.types import Dims, Reason, Request
@@ -45,12 +45,12 @@ EXCEEDS = {
     ("invariant_point_attention", "cuequivariance", torch.bfloat16): 4.5,
 }
 #: The same, on CUDA only: scaled_dot_product_attention, which is given lifted points, gives them in 16 bits there.
-EXCEEDS_ON_CUDA = {("factorized_point_attention", "streamed", torch.bfloat16): 2.5}
+EXCEEDS_ON_CUDA = {("factorized_point_attention", "torch", torch.bfloat16): 2.5}
 
 #: Gradients that come back through a ReLU. Of a value close to zero 16 bits may see the other side, which moves single
 #: entries by all that passed there, and a kernel sees other entries flip than plain PyTorch does. Where single entries
-#: do not hold, the norm of the error is judged, as a part of the norm. Of `streamed` with products in bfloat16, up to
-#: 0.06 was seen.
+#: do not hold, the norm of the error is judged, as a part of the norm. Of `torch` with products in bfloat16, up to 0.06
+#: was seen.
 _PERCEPTRON = frozenset({"nodes", "z", "weight_1", "bias_1", "weight_2", "bias_2"})
 BEHIND_RELU = {
     "edge_features": (_PERCEPTRON - {"z"}) | {"relpos_weight", "relpos_bias"},
@@ -249,7 +249,7 @@ def run(
         operators,
     ):
         outputs = case.call(x, config)
-    if ran != [f"{case.operation}: {kernel_name(case.operation, kernel)}"]:
+    if ran != [f"{case.operation}: {kernel}"]:
         raise ContractBroken(f"{kernel} was asked for, and {ran} ran")
     gradients: dict[str, Tensor] = {}
     rescaled: list[dict[str, Tensor]] = []
@@ -323,7 +323,7 @@ def reasons(
         grad=grad,
         options=case.options,
     )
-    return registry.reasons_against(registry.kernels(case.operation)[kernel_name(case.operation, kernel)], request)
+    return registry.reasons_against(registry.kernels(case.operation)[kernel], request)
 
 
 def rounding(precision: str) -> AbstractContextManager[None]:
@@ -466,5 +466,4 @@ def check(
                 broken = "a row in which nothing takes part is not zero"
     except ContractBroken as wrong:
         broken = str(wrong)
-    name = kernel_name(case.operation, kernel)
-    return Check(case.operation, name, dtype, device, dict(case.dims), tuple(verdicts), broken)
+    return Check(case.operation, kernel, dtype, device, dict(case.dims), tuple(verdicts), broken)

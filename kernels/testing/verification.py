@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from ...configs.presets import kernel_name
 from .. import registry
 from ..hardware import machine
 from ..registry.binding import Use
@@ -231,9 +230,8 @@ def plan(
     """
     items: list[Item] = []
     rows: list[Row] = []
-    precisions, names = list(precisions), list(kernels)
+    precisions, wanted = list(precisions), set(kernels)
     for subject in subjects:
-        wanted = {kernel_name(subject.operation, name) for name in names}
         if not has_example(subject.operation):
             why = "nobody has said what its inputs look like (kernels/examples/builders.py: register_example)"
             rows.append(Row(subject.operation, device=device, status="no example", why=why, users=subject.users))

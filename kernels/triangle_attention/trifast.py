@@ -18,14 +18,14 @@ def supports(request: Request) -> list[Reason]:
     d = request.dims["d"]
     reasons = []
     if request.device != "cuda":
-        reasons.append(Reason(f"trifast runs on CUDA, the tensors are on {request.device}", "use kernel 'streamed'"))
+        reasons.append(Reason(f"trifast runs on CUDA, the tensors are on {request.device}", "use kernel 'torch'"))
     if d < 16 or d & (d - 1):
-        reasons.append(Reason(f"head size {d} is not a power of two of at least 16", "use kernel 'streamed'"))
+        reasons.append(Reason(f"head size {d} is not a power of two of at least 16", "use kernel 'torch'"))
     if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         name = str(request.dtype).removeprefix("torch.")
-        reasons.append(Reason(f"trifast has no kernels for {name}", "use float32, or kernel 'streamed'"))
+        reasons.append(Reason(f"trifast has no kernels for {name}", "use float32, or kernel 'torch'"))
     if "rectangular" in request.options:
-        reasons.append(Reason("the pair tensor is not square", "use kernel 'streamed'"))
+        reasons.append(Reason("the pair tensor is not square", "use kernel 'torch'"))
     return reasons
 
 

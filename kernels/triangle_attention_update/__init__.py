@@ -7,7 +7,7 @@ update is `triangle_attention` between plain PyTorch layers: the maths is the sa
 
 from typing import Any, NamedTuple
 
-import torch
+import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -46,7 +46,7 @@ class Weights(NamedTuple):
     gate_bias: Float[Tensor, " h*d"] | None = None
     out_bias: Float[Tensor, " cz"] | None = None
 
-    def to(self, dtype: torch.dtype) -> "Weights":
+    def to(self, dtype: pytorch.dtype) -> "Weights":
         """All of them in another floating type."""
         return Weights._make(None if weight is None else cast(weight, dtype) for weight in self)
 

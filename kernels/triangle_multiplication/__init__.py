@@ -6,7 +6,7 @@ projections, the product over the third node, output gate.
 
 from typing import Literal, NamedTuple
 
-import torch
+import torch as pytorch  # `torch` is this package's kernel of that name
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -46,7 +46,7 @@ class Weights(NamedTuple):
     p_out_bias: Float[Tensor, " cz"] | None = None
     g_out_bias: Float[Tensor, " cz"] | None = None
 
-    def to(self, dtype: torch.dtype) -> "Weights":
+    def to(self, dtype: pytorch.dtype) -> "Weights":
         """All of them in another floating type."""
         return Weights._make(None if weight is None else cast(weight, dtype) for weight in self)
 

@@ -20,12 +20,12 @@ def supports(request: Request) -> list[Reason]:
     n = request.dims["n"]
     if n <= FALLBACK:
         reasons.append(
-            Reason(f"cuEquivariance itself runs plain PyTorch up to {FALLBACK} tokens", "use kernel 'streamed'")
+            Reason(f"cuEquivariance itself runs plain PyTorch up to {FALLBACK} tokens", "use kernel 'torch'")
         )
     for name, what in (("cz", "the pair tensor"), ("c", "the product")):
         if request.dims[name] % 32:
             reasons.append(
-                Reason(f"{what} has {request.dims[name]} channels, not a multiple of 32", "use kernel 'streamed'")
+                Reason(f"{what} has {request.dims[name]} channels, not a multiple of 32", "use kernel 'torch'")
             )
     return reasons
 

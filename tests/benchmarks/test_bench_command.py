@@ -86,7 +86,7 @@ def measure(sides, subject=ATTENTION, length=8, mode=FORWARD, dtype="float32", *
 
 
 def test_a_kernel_with_wrong_numbers_gets_no_time(monkeypatch):
-    from foldkernels.kernels.attention import sdpa as kernel
+    from foldkernels.kernels.attention import torch as kernel
 
     run = kernel.run
     monkeypatch.setattr(kernel, "run", lambda *x, **y: run(*x, **y) * 1.001)
@@ -172,7 +172,7 @@ def test_a_model_of_your_own(tmp_path):
     assert known["sides"][0] == "original" and "auto" in known["sides"] and "torch" in known["alike"]["auto"]
     for side in ("original", "auto"):
         assert len(found["sides"][side]["seconds"]) == 3, found["sides"][side]
-    assert found["sides"]["auto"]["runs"] == ["triangle_multiplication: streamed"]
+    assert found["sides"]["auto"]["runs"] == ["triangle_multiplication: torch"]
 
 
 def test_multiflow_of_a_config_with_weights_that_are_nowhere_zero(goldens):
@@ -182,7 +182,7 @@ def test_multiflow_of_a_config_with_weights_that_are_nowhere_zero(goldens):
         measure(["reference", "auto"], spec, mode=BACKWARD),
     )
     assert about["subjects"][0]["sides"][:2] == ["reference", "auto"]
-    assert "invariant_point_attention: streamed" in found["sides"]["auto"]["runs"]
+    assert "invariant_point_attention: torch" in found["sides"]["auto"]["runs"]
     for side in ("reference", "auto"):
         assert 0 < found["sides"][side]["error"] <= found["sides"][side]["allowed_error"]
 
@@ -449,7 +449,7 @@ def test_wrong_numbers_are_exit_code_1(capsys, tmp_path, tell):
     tell(lambda question: {"sides": {side: wrong if side == "torch" else right for side in question["sides"]}})
     words = ("attention", "-l", 16, "--no-memory", "--device", "cpu", "--out", tmp_path)
     code, printed, _ = call(capsys, *words)
-    assert code == 1 and "attention: sdpa: wrong: its numbers are wrong: output 0" in printed
+    assert code == 1 and "attention: torch: wrong: its numbers are wrong: output 0" in printed
     assert "NaN" not in (tmp_path / "rows.json").read_text()  # JSON has no such word
 
 

@@ -497,7 +497,7 @@ def test_a_word_that_means_nothing_is_refused(word):
 
 
 def test_words_that_mean_something_are_taken():
-    check_words(["torch", "flash", "attention=sdpa", "edge_features=streamed"], [KNOWN], ["attention", "edge_features"])
+    check_words(["torch", "flash", "attention=torch", "edge_features=torch"], [KNOWN], ["attention", "edge_features"])
 
 
 def test_an_estimate_grows_with_the_length_and_learns():

@@ -274,7 +274,7 @@ def test_a_gpu_that_does_not_answer_costs_the_process(answering):
 
 def test_a_planted_error_is_red(monkeypatch):
     """The published widths' check sees an output that is off by a thousandth."""
-    from foldkernels.kernels.edge_transition import streamed as kernel
+    from foldkernels.kernels.edge_transition import torch as kernel
 
     run = kernel.run
     monkeypatch.setattr(kernel, "run", lambda *x: run(*x) * 1.001)

@@ -92,13 +92,13 @@ def test_sample_writes_files_and_says_which_kernels_ran(call, small, tmp_path):
     done = call(*words, "--device", "cpu", "--trajectories")
     assert done.code == 0, done.err
     assert "3 sample(s) written" in done.out
-    assert "invariant_point_attention: streamed" in done.out
+    assert "invariant_point_attention: torch" in done.out
     for length in (12, 17, 20):
         for name in ("sample.pdb", "sample.fasta", "bb_traj.pdb", "x0_traj.pdb"):
             assert (out / f"length_{length}" / "sample_0" / name).is_file()
     account = json.loads((out / "run.json").read_text())
     assert account["status"] == "complete"
-    assert "attention: sdpa" in account["kernels"]
+    assert "attention: torch" in account["kernels"]
     assert account["arguments"]["device"] == "cpu"
     assert account["arguments"]["kernel"] == ["flash"]
 
@@ -108,7 +108,7 @@ def test_sample_keeps_what_is_there_unless_told(call, small, tmp_path):
     pdb = tmp_path / "out" / "length_12" / "sample_0" / "sample.pdb"
     report = json.loads(call(*words).out)
     assert len(report["written"]) == 1 and report["kept"] == []
-    assert "attention: sdpa" in report["kernels"]
+    assert "attention: torch" in report["kernels"]
     first = pdb.read_text()
     pdb.write_text("mine")
     report = json.loads(call(*words, "--num", 2).out)
@@ -136,7 +136,7 @@ def test_a_fallback_is_one_line(call, small, tmp_path, monkeypatch):
     assert done.code == 0
     assert done.err.count("warning:") == 1
     assert "preset 'flash' falls back" in done.err
-    assert "attention: sdpa, not missing" in done.err
+    assert "attention: torch, not missing" in done.err
 
 
 FILES_OF_A_SAMPLE = {"sample.pdb", "sample.fasta", "bb_traj.pdb", "x0_traj.pdb"}
@@ -401,7 +401,7 @@ def test_explain_reads_the_files_kernel_section(call, copy, goldens):
         assert set(report["kernels"]) == set(OPERATIONS)
         assert report["capability"] == [9, 0] and report["length"] == 256
     config.write_text(text + "\nkernel: reference\n")
-    report = json.loads(call("explain", config, "--kernel", "attention=sdpa", "--json").out)
+    report = json.loads(call("explain", config, "--kernel", "attention=torch", "--json").out)
     assert report["kernels"] == {**{name: ["reference"] for name in OPERATIONS}, "attention": ["torch"]}
     config.write_text(text + "\nkernel: ${nowhere}\n")
     assert is_one_clear_screen(call("explain", config))

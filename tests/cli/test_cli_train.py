@@ -55,7 +55,7 @@ def test_a_folder_of_structures_becomes_a_checkpoint(call: Call, settings: Path,
     common = (settings, "--data", PDB, "--out", tmp_path / "out", "--device", "cpu", "--kernel", "torch")
     code, out, error = call(*common, "--steps", 2, "--seed", 7)
     assert code == 0, error
-    assert out.startswith("2 step(s)") and "attention: sdpa" in out and "Traceback" not in error
+    assert out.startswith("2 step(s)") and "attention: torch" in out and "Traceback" not in error
     code, out, error = call(*common, "--steps", 3, "--seed", 7, "--resume", "--json")
     assert code == 0, error
     report = json.loads(out)

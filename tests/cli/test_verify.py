@@ -275,7 +275,7 @@ def test_a_checkpoint_is_run_under_each_preset(call, goldens, monkeypatch):
     for row in report["presets"]:
         assert row["passed"] and row["translations"] < 1e-3 and row["rotations"] < 1e-2 and row["other_types"] == 0.0
     by_preset = {row["preset"]: row for row in report["presets"]}
-    assert "attention: sdpa" in by_preset["torch"]["kernels"]
+    assert "attention: torch" in by_preset["torch"]["kernels"]
     assert "attention: reference" in by_preset["reference"]["kernels"]
     ipa = next(row for row in report["checks"] if row["operation"] == "invariant_point_attention")
     assert ipa["sizes"] == {"h": 4, "c": 16, "p": 4, "pv": 6, "cz": 32} and len(ipa["users"]) == 3
@@ -357,7 +357,7 @@ def test_a_precision_is_judged_by_the_rule_of_what_rounds():
     assert accuracy.rule_of(torch.float32, "tf32", "cuda:0") is torch.bfloat16
     assert accuracy.rule_of(torch.float32, "tf32", "cpu") is torch.float32
     assert accuracy.rule_of(torch.float32, "float32", "cuda") is torch.float32
-    assert accuracy.exceeds("attention: sdpa", torch.float16, "cpu") == 2.5
+    assert accuracy.exceeds("attention: torch", torch.float16, "cpu") == 2.5
 
 
 @pytest.mark.parametrize("words", [("verify",), ("explain",), ("bench", "--no-memory", "--model")], ids=lambda w: w[0])

@@ -12,8 +12,8 @@ from foldkernels.configs.kernel import KernelConfig
 from foldkernels.kernels import registry
 from foldkernels.kernels.factorized_point_attention import _lifting as lifting
 from foldkernels.kernels.factorized_point_attention import factorized_point_attention, flash_attn, reference
-from foldkernels.kernels.factorized_point_attention import streamed as streamed
-from foldkernels.kernels.factorized_point_attention._operators import factorized_streamed
+from foldkernels.kernels.factorized_point_attention import torch as streamed
+from foldkernels.kernels.factorized_point_attention._streamed import factorized_streamed
 from foldkernels.kernels.hardware import machine
 from foldkernels.kernels.hardware.machine import Machine
 from foldkernels.kernels.registry.types import Dims, Request

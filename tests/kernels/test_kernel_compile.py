@@ -264,7 +264,7 @@ def test_one_graph_a_class(late):
         assert out.shape[1] == n
         if ran:
             seen[n] = ran[-1]
-    assert seen == {19: "edge_transition: streamed", 20: "edge_transition: late"}
+    assert seen == {19: "edge_transition: torch", 20: "edge_transition: late"}
     assert counter.frame_count == 2
 
 

@@ -384,12 +384,12 @@ def test_the_update_goes_with_triangle_attention():
             out = update.triangle_attention_update(x["z"], x["mask"], weights, ending=True, eps=1e-3, config=words_)
         found[tuple(ran)] = out
     assert list(found) == [
-        ("triangle_attention_update: streamed",),
+        ("triangle_attention_update: torch",),
         ("triangle_attention_update: reference",),
         ("triangle_attention: reference",),
     ]  # fmt: skip
     for out in found.values():
-        torch.testing.assert_close(out, found["triangle_attention_update: streamed",], rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(out, found["triangle_attention_update: torch",], rtol=1e-11, atol=1e-11)
 
 
 # Goldens: Boltz's modules, with their layers written out around the operations ----------------------------------------

@@ -258,7 +258,7 @@ def test_two_models_with_other_kernels_share_one():
 def test_maps_of_a_kernel_that_has_none_is_an_error_at_build_time():
     with pytest.raises(KernelUnavailable) as refusal:
         bind(FrozenESM(language_model(), pairs=True), {"attention": "flash_attn"})
-    for words in ("flash-attn never forms them", "kernel: {attention: sdpa}", "only_single: true"):
+    for words in ("flash-attn never forms them", "kernel: {attention: torch}", "only_single: true"):
         assert words in str(refusal.value)
     with pytest.raises(ValueError, match="pairs=True, or set only_single"):
         ESMCombiner(FrozenESM(language_model(), pairs=False), 32, 16)
@@ -477,7 +477,7 @@ def test_in_the_model_it_moves_the_result_and_padding_does_not(only_single):
         other = model({**batch, "aatypes_t": (batch["aatypes_t"] + 1) % 20})
         longer = {name: _longer(x) for name, x in batch.items()}
         padded = model(longer)
-    assert "attention: sdpa" in ran
+    assert "attention: torch" in ran
     there = batch["res_mask"] > 0.5
     for name in ("pred_trans", "pred_rotmats", "pred_logits"):
         assert (found[name] - plain[name])[there].abs().max() > 1e-3
@@ -577,4 +577,4 @@ def test_flash_attn_and_pairs_in_the_model():
                 continue
             with pytest.raises(KernelUnavailable, match="never forms them") as refusal:
                 build(checkpoint, {"attention": "flash_attn"})
-            assert "kernel: {attention: sdpa}" in str(refusal.value) and "only_single: true" in str(refusal.value)
+            assert "kernel: {attention: torch}" in str(refusal.value) and "only_single: true" in str(refusal.value)

@@ -253,7 +253,7 @@ def test_sequences_in_chunks_and_gradients_through_them():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_maps_of_every_kernel(at_once, masked, dtype, monkeypatch):
     """Fewer queries than keys; rows sum to one; a key that is not there, and an item without keys, get nothing."""
-    from foldkernels.kernels.attention import sdpa as kernel
+    from foldkernels.kernels.attention import torch as kernel
 
     monkeypatch.setattr(kernel, "_MAPS_AT_ONCE", at_once)
     torch.manual_seed(0)
@@ -297,7 +297,7 @@ def test_maps_of_a_kernel_that_has_none():
     """The error names both ways out."""
     with pytest.raises(KernelUnavailable) as refusal, required("attention", "flash_attn") as config:
         attention_maps(torch.randn(1, 3, 2, 8), torch.randn(1, 3, 2, 8), config=config)
-    for words in ("flash-attn never forms them", "kernel: {attention: sdpa}", "only_single: true"):
+    for words in ("flash-attn never forms them", "kernel: {attention: torch}", "only_single: true"):
         assert words in str(refusal.value)
 
 

@@ -144,7 +144,7 @@ def test_logit_dropout_of_ipa_trains() -> None:
     batch = batch_of(CASE)
     with record_kernels() as ran:
         first = step(model, batch)
-    assert {"invariant_point_attention: reference", "edge_transition: streamed"} <= set(ran)
+    assert {"invariant_point_attention: reference", "edge_transition: torch"} <= set(ran)
     assert step(model, batch)[0] == first[0] != step(model, batch, 1)[0]
     # Here the bias of the logits matters: a dropped logit loses it.
     assert float(first[1]["trunk.ipa_0.linear_b.bias"].abs().max()) > 1e-4

@@ -346,7 +346,7 @@ def test_one_warning_at_bind_and_none_in_the_forward() -> None:
                 model.train(training)(batch)
             with torch.autocast("cpu", torch.bfloat16):
                 model(batch)
-            assert {"attention: reference", "edge_transition: reference", "edge_features: streamed"} <= set(ran)
+            assert {"attention: reference", "edge_transition: reference", "edge_features: torch"} <= set(ran)
 
 
 @pytest.mark.parametrize(
@@ -389,8 +389,8 @@ def test_the_report_tells_what_runs_and_why() -> None:
     assert json.loads(json.dumps(data)) == data
     assert data["config"] == {"preset": "torch", "fallback": "silent", "precision": "tf32", "deterministic": False}
     assert data["sources"]["precision"] == "file" and data["sources"]["preset"] == "call"
-    assert data["modules"] == {"a": ["attention: reference", "attention: sdpa"]} | {
-        "b": ["attention: reference", "attention: sdpa"]
+    assert data["modules"] == {"a": ["attention: reference", "attention: torch"]} | {
+        "b": ["attention: reference", "attention: torch"]
     }
     assert data["refused"] == []
     assert len(data["decisions"]) == 4  # two length classes, inference and training; the two modules ask the same
@@ -413,8 +413,8 @@ def test_the_report_of_a_whole_model() -> None:
     assert report.kernels() == dict.fromkeys(
         ("edge_features", "invariant_point_attention", "attention", "edge_transition"), ("torch",)
     )
-    assert "  invariant_point_attention: streamed (in 3 modules)" in str(report).splitlines()
-    assert "  edge_features: streamed (in 1 module)" in str(report).splitlines()
+    assert "  invariant_point_attention: torch (in 3 modules)" in str(report).splitlines()
+    assert "  edge_features: torch (in 1 module)" in str(report).splitlines()
     with torch.no_grad(), record_kernels() as ran:
         small_model("torch")(batch_of(CASE))
     known = registry.operations()
@@ -477,7 +477,7 @@ assert registration._discovered and report.kernels() == {"attention": ("torch",)
 assert not vars(dispatch._loaded), "bind decides; it loads nothing"
 with record_kernels() as ran:
     layer(torch.zeros(1, 3, 8), torch.ones(1, 3, dtype=torch.bool))
-assert ran == ["attention: sdpa"] and list(vars(dispatch._loaded)) == ran
+assert ran == ["attention: torch"] and list(vars(dispatch._loaded)) == ran
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

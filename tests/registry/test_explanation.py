@@ -101,7 +101,7 @@ def test_what_auto_leaves_out_is_told_with_the_way_to_it(model):
     assert "first choice" not in text
     found = foldkernels.explain(model, "auto", machine="h100", length=256).as_dict()["left_out"]
     assert {x["operation"] for x in found} == {"invariant_point_attention", "edge_transition"}
-    required = {"invariant_point_attention": "streamed", "edge_transition": "torch"}
+    required = {"invariant_point_attention": "torch", "edge_transition": "torch"}
     for kernel, machine in (("flash", "h100"), ("torch", "h100"), (required, "h100"), ("auto", "mac"), ("auto", "cpu")):
         assert "leaves it out" not in str(foldkernels.explain(model, kernel, machine=machine, length=256))
     every = {(word, name, kernel) for word, table in LEFT_OUT.items() for name, by in table.items()
@@ -141,12 +141,12 @@ def test_what_nothing_can_serve_is_told_and_not_raised(model, fused):
 
 def test_a_bound_model_is_explained_as_it_was_bound(monkeypatch):
     model = FlowModel(SECTION)
-    model.kernels = foldkernels.bind(model, "reference", command_line=("attention=sdpa",))
+    model.kernels = foldkernels.bind(model, "reference", command_line=("attention=torch",))
     monkeypatch.setenv("FOLDKERNELS_KERNEL", "torch")  # came too late
     explanation = foldkernels.explain(model)
     assert explanation.kernels() == {**dict.fromkeys(OPERATIONS, ("reference",)), "attention": ("torch",)}
     assert explanation.configurations == (model.kernels.resolved,)
-    assert "preset=reference (call)" in str(explanation) and "attention=sdpa (command line)" in str(explanation)
+    assert "preset=reference (call)" in str(explanation) and "attention=torch (command line)" in str(explanation)
     # Without the report the values are known, but not where they came from.
     model.kernels = None
     assert "preset=reference (bind)" in str(foldkernels.explain(model))

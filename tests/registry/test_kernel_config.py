@@ -178,7 +178,7 @@ def test_places_are_merged_key_by_key() -> None:
     }
     word_over_mapping = resolve_kernel("reference", file=file).config
     assert (word_over_mapping.preset, word_over_mapping.attention) == ("reference", "reference")
-    mapping_over_word = resolve_kernel({"attention": "sdpa"}, file="reference").config
+    mapping_over_word = resolve_kernel({"attention": "torch"}, file="reference").config
     assert (mapping_over_word.preset, mapping_over_word.attention) == ("reference", "torch")
     assert file["attention"] == "reference" and len(file) == 4  # what was passed is left alone
 
@@ -196,15 +196,15 @@ def test_the_environment_is_read_when_asked(monkeypatch: pytest.MonkeyPatch) -> 
     resolved = resolve_kernel()
     assert resolved.config == KernelConfig(preset="flash", attention="torch", deterministic=True)
     assert resolved.sources["attention"] == ENVIRONMENT
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "attention=sdpa,falsh")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "attention=torch,falsh")
     with pytest.raises(ConfigError, match=rf"{ENVIRONMENT_VARIABLE}\).*did you mean 'flash'"):
         resolve_kernel("torch")
     assert resolve_kernel(environment="").config == KernelConfig()
 
 
 def test_words_of_a_command_line() -> None:
-    """`--kernel flash --kernel attention=sdpa`; a later word wins, and a kernel's name may hold `=` signs."""
-    assert parse_words(["flash", "attention=sdpa"]) == {"preset": "flash", "attention": "torch"}
+    """`--kernel flash --kernel attention=torch`; a later word wins, and a kernel's name may hold `=` signs."""
+    assert parse_words(["flash", "attention=torch"]) == {"preset": "flash", "attention": "torch"}
     assert parse_words(["flash", "auto"]) == {"preset": "auto"}
     assert parse_words([]) == {}
     with pytest.raises(ConfigError, match=r"command line.*no key 'atention'.*'attention'"):
@@ -222,7 +222,7 @@ def test_words_of_a_command_line() -> None:
         ("kernel: flash", KernelConfig(preset="flash")),
         ("kernel:", KernelConfig()),
         ("kernel: {}", KernelConfig()),
-        ("kernel: {preset: flash, attention: sdpa, deterministic: yes}",
+        ("kernel: {preset: flash, attention: torch, deterministic: yes}",
          KernelConfig(preset="flash", attention="torch", deterministic=True)),
         ("word: flash\nkernel: ${word}", KernelConfig(preset="flash")),
         ("site: {kernel: {preset: torch, attention: reference}}\nkernel: ${site.kernel}",
@@ -245,7 +245,7 @@ def test_yaml_resolves_from_its_root(text: str, expected: KernelConfig) -> None:
     [
         ("flash", {"attention": "reference"}, KernelConfig(preset="flash", attention="reference")),
         ({"preset": "torch", "attention": "reference"}, "flash", KernelConfig(preset="flash", attention="reference")),
-        ({"attention": "sdpa"}, {"attention": "reference"}, KernelConfig(attention="reference")),
+        ({"attention": "torch"}, {"attention": "reference"}, KernelConfig(attention="reference")),
         ("flash", "torch", KernelConfig(preset="torch")),
     ],
 )

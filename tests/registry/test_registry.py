@@ -171,7 +171,7 @@ def test_the_environment_decides_where_nobody_else_does(monkeypatch: pytest.Monk
         monkeypatch.setenv(ENVIRONMENT_VARIABLE, "torch, precision=bfloat16")
         attention(x, x, x)
         assert precision("") == "bfloat16" and precision(token(KernelConfig())) == "float32"
-    assert ran == ["attention: reference", "attention: sdpa"]
+    assert ran == ["attention: reference", "attention: torch"]
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reverence")
     with pytest.raises(ConfigError, match="did you mean 'reference'"):
         attention(x, x, x)
@@ -180,7 +180,7 @@ def test_the_environment_decides_where_nobody_else_does(monkeypatch: pytest.Monk
         attention(x, x, x)
         monkeypatch.setattr(os, "environ", {ENVIRONMENT_VARIABLE: "reference"})  # a plain mapping in its place
         attention(x, x, x)
-    assert ran == ["attention: sdpa", "attention: reference"]
+    assert ran == ["attention: torch", "attention: reference"]
 
 
 def test_answers_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,14 +219,14 @@ def parts_ran(config: Any, grad: bool = False) -> set[str]:
 @pytest.mark.parametrize("grad", [False, True])
 def test_what_is_required_of_the_parts_holds_for_the_whole(grad: bool) -> None:
     """A fused kernel runs where it is the parts' own; a kernel that the user names is never swapped for another."""
-    fused, apart = "edge_transition_attention: streamed", ("edge_transition", "invariant_point_attention")
+    fused, apart = "edge_transition_attention: torch", ("edge_transition", "invariant_point_attention")
     first = "invariant_point_attention"  # the first block's attention stands alone
     assert parts_ran("torch", grad) == {fused, f"{first}: torch"}
     for preset, name in (("torch", "reference"), ("auto", "reference"), ("reference", "torch")):
         ran = parts_ran({"preset": preset, **dict.fromkeys(apart, name)}, grad)
         assert {each.partition(": ")[2] for each in ran} == {name}, (preset, ran)
     mixed = parts_ran({"preset": "torch", "edge_transition": "reference"}, grad)
-    assert mixed == {"edge_transition: reference", "invariant_point_attention: streamed"}
+    assert mixed == {"edge_transition: reference", "invariant_point_attention: torch"}
 
 
 def test_a_fused_kernel_follows_its_parts_thresholds() -> None:

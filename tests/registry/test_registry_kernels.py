@@ -46,7 +46,7 @@ def test_an_exception_in_supports_is_an_error() -> None:
         raise AttributeError("'Request' object has no attribute 'lenght'")
 
     stand_in("torch", broken)
-    for config in ("torch", "auto", {"attention": "sdpa"}):
+    for config in ("torch", "auto", {"attention": "torch"}):
         with pytest.raises(AttributeError, match="lenght"):
             decide(request_for(), config)
 
@@ -66,7 +66,7 @@ def test_a_kernel_without_a_backward_serves_inference_only() -> None:
         with torch.no_grad():
             attention(x, x, x)
         attention(x.detach(), x.detach(), x.detach())
-    assert ran == ["attention: reference", "attention: sdpa", "attention: sdpa"]
+    assert ran == ["attention: reference", "attention: torch", "attention: torch"]
 
 
 def test_deterministic_asks_for_kernels_that_are() -> None:
@@ -81,7 +81,7 @@ def test_deterministic_asks_for_kernels_that_are() -> None:
     with record_kernels() as ran:
         attention(x, x, x, config=token(KernelConfig(preset="torch", deterministic=True)))
         attention(x, x, x, config=token(KernelConfig(preset="torch")))
-    assert ran == ["attention: reference", "attention: sdpa"]
+    assert ran == ["attention: reference", "attention: torch"]
 
 
 def test_a_missing_package_is_told_with_its_fix() -> None:

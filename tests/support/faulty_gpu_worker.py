@@ -10,7 +10,7 @@ import torch
 from benchmarks.studies import gpu_worker
 from benchmarks.studies.gpu_subjects import Item
 from foldkernels.kernels import registry
-from foldkernels.kernels.edge_transition import streamed as right
+from foldkernels.kernels.edge_transition import torch as right
 
 #: Chains that are timed are longer than those of the checks.
 TIMED = 12

@@ -20,7 +20,7 @@ from foldkernels.compat.accelerate.adapters import adapters
 from ...support.foreign import multiflow
 from ...support.foreign.frames import Rigid, random_rigid
 
-IPA = "invariant_point_attention: streamed"
+IPA = "invariant_point_attention: torch"
 
 
 class Model(nn.Module):

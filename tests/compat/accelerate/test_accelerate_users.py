@@ -158,7 +158,7 @@ def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
 def test_check_prints_the_report(command: Callable[..., Any], address: str) -> None:
     code, out, err = command("--check", address, "--verify")
     assert code == 0
-    assert "1 module accelerated" in out and "edge_transition: streamed" in out and "verified: forward" in out
+    assert "1 module accelerated" in out and "edge_transition: torch" in out and "verified: forward" in out
     assert "no part of the report" in err and "no part" not in out
 
 

@@ -219,7 +219,7 @@ def test_kernels_and_devices_are_the_callers() -> None:
     with record_kernels() as ran:
         loaded(*inputs())
     assert "triangle_attention: reference" in ran
-    assert "triangle_multiplication: streamed" in ran
+    assert "triangle_multiplication: torch" in ran
     with pytest.raises(KernelUnavailable, match="nonesuch"):
         boltz.load_pairformer(weights, "", kernel={"triangle_attention": "nonesuch"})
     with pytest.raises(BadInput, match="device 'nonesuch' cannot be used"):

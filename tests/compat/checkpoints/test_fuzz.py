@@ -110,7 +110,7 @@ def _results(folder: Path) -> None:
 
     machine = {"cpu": "x", "isa": "avx2", "threads": 2, "torch": "2.9"}
     rows = [
-        Row("operation", "attention", kernel, mode, 64, "float32", "cpu", "measured", runs=("attention: sdpa",),
+        Row("operation", "attention", kernel, mode, 64, "float32", "cpu", "measured", runs=("attention: torch",),
             sizes={"h": 4, "d": 8}, ms=ms, low_ms=0.9 * ms, high_ms=1.1 * ms, fastest_ms=0.8 * ms, rounds=7, calls=3,
             baseline="reference", ratio=2 / ms, ratio_low=1.9 / ms, ratio_high=2.1 / ms, memory_mb=8.0, error=1e-7,
             plain_error=1e-7, allowed_error=1e-6, machine=machine, versions={"torch": "2.9"})

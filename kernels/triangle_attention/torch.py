@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..registry import register
 from ..registry.types import KernelFunction, serves_everything
-from ._operators import triangle_attention_streamed
+from ._streamed import triangle_attention_streamed
 
 
 def run(
@@ -24,4 +24,4 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="triangle_attention", name="streamed", supports=serves_everything, load=load, transforms=frozenset())
+register(operation="triangle_attention", name="torch", supports=serves_everything, load=load, transforms=frozenset())

@@ -6,7 +6,7 @@ from torch import Tensor
 from ..registry import register
 from ..registry.types import KernelFunction, serves_everything
 from . import Direction, Weights
-from ._operators import triangle_multiplication_streamed
+from ._streamed import triangle_multiplication_streamed
 
 
 def run(
@@ -28,5 +28,5 @@ def load() -> KernelFunction:
 
 
 register(
-    operation="triangle_multiplication", name="streamed", supports=serves_everything, load=load, transforms=frozenset()
+    operation="triangle_multiplication", name="torch", supports=serves_everything, load=load, transforms=frozenset()
 )

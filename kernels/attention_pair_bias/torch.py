@@ -6,7 +6,7 @@ from torch import Tensor
 from ..common.pair_projection import PairProjection, project
 from ..registry import register
 from ..registry.types import KernelFunction, serves_everything
-from ._operators import attention_pair_bias_streamed
+from ._streamed import attention_pair_bias_streamed
 
 
 def run(
@@ -30,4 +30,4 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="attention_pair_bias", name="streamed", supports=serves_everything, load=load, transforms=frozenset())
+register(operation="attention_pair_bias", name="torch", supports=serves_everything, load=load, transforms=frozenset())

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..registry import register
 from ..registry.types import KernelFunction, Reason, Request
-from ._operators import ipa_streamed
 from ._rows import lift
+from ._streamed import ipa_streamed
 
 
 def supports(request: Request) -> list[Reason]:
@@ -60,4 +60,4 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="invariant_point_attention", name="streamed", supports=supports, load=load, transforms=frozenset())
+register(operation="invariant_point_attention", name="torch", supports=supports, load=load, transforms=frozenset())

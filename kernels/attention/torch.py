@@ -30,7 +30,7 @@ def run(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if keep is None:
         allowed = None if mask is None else mask[:, None, None, :]
-        out = fused_by_pytorch(dot_product_attention(q, k, v, allowed), operation="attention", kernel="sdpa")
+        out = fused_by_pytorch(dot_product_attention(q, k, v, allowed), operation="attention", kernel="torch")
     else:
         # SDPA would draw its own mask, and on a CPU it keeps several n x n tensors for the backward.
         out = attention_dropped(q, k, v, mask, keep, dropout)
@@ -77,4 +77,4 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="attention", name="sdpa", supports=supports, load=load, transforms=frozenset({"func"}))
+register(operation="attention", name="torch", supports=supports, load=load, transforms=frozenset({"func"}))

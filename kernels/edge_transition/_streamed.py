@@ -55,4 +55,4 @@ def _(d_out, z, parts, mask, eps):  # type: ignore[no-untyped-def]
     return [torch.empty_like(z, memory_format=torch.contiguous_format), *(torch.empty_like(part) for part in parts)]
 
 
-differentiate(edge_transition_streamed, edge_transition_streamed_backward, kernel="streamed")
+differentiate(edge_transition_streamed, edge_transition_streamed_backward, kernel="torch")

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from ..registry import register
 from ..registry.types import KernelFunction, serves_everything
-from ._operators import edge_transition_streamed
 from ._rows import split_exactly
+from ._streamed import edge_transition_streamed
 
 
 def run(
@@ -33,4 +33,4 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="edge_transition", name="streamed", supports=serves_everything, load=load, transforms=frozenset())
+register(operation="edge_transition", name="torch", supports=serves_everything, load=load, transforms=frozenset())

@@ -90,4 +90,4 @@ def _backward(ctx, d_out):  # type: ignore[no-untyped-def]
 
 
 triangle_multiplication_streamed.register_autograd(as_remembered(_backward), setup_context=remembering(_keep))
-no_double_backward(triangle_multiplication_streamed_backward, operation="triangle_multiplication", kernel="streamed")
+no_double_backward(triangle_multiplication_streamed_backward, operation="triangle_multiplication", kernel="torch")

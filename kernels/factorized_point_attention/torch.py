@@ -10,7 +10,7 @@ attention wants them as wide as keys, or else holds all pairs. It serves only wh
 
 from math import sqrt
 
-import torch
+import torch as pytorch  # `torch` is this kernel
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,7 +21,7 @@ from ..common.matmul import dot_product_attention
 from ..registry import register
 from ..registry.types import KernelFunction, Reason, Request
 from ._lifting import centroid, lift, split_values, times_query_factor
-from ._operators import factorized_streamed
+from ._streamed import factorized_streamed
 
 #: The widest head of PyTorch's flash attention, which queries, keys and values share.
 _FLASH_WIDTH = 256
@@ -41,11 +41,11 @@ def run(
     pair_factors: tuple[Float[Tensor, "b n r cp"], Float[Tensor, "b n r cp"]] | None,
     mask: Bool[Tensor, "b n"] | None,
     precise: bool,
-    inner: torch.dtype,
+    inner: pytorch.dtype,
 ) -> tuple[Float[Tensor, "b n h c"], Float[Tensor, "b n h pv 3"], Float[Tensor, "b n h cp"] | None]:
     """Lift, attend, and take the values apart again."""
     narrow = inner.itemsize == 2
-    if not (narrow and not precise) and (q.device.type != "cuda" or inner is torch.float64):
+    if not (narrow and not precise) and (q.device.type != "cuda" or inner is pytorch.float64):
         return _streamed(
             q, k, v, q_points, k_points, v_points, point_weights, bias_factors, pair_factors, mask, precise
         )
@@ -67,7 +67,7 @@ def _attend(
         of_keys, of_values = q.shape[-1], v.shape[-1]
     wide_q, wide_k = (_pad(x, of_keys) for x in (q, k))
     out = dot_product_attention(wide_q, wide_k, _pad(v, of_values), scale=1.0)
-    out = fused_by_pytorch(out, operation="factorized_point_attention", kernel="streamed")
+    out = fused_by_pytorch(out, operation="factorized_point_attention", kernel="torch")
     return out[..., : v.shape[-1]]
 
 
@@ -113,5 +113,5 @@ def load() -> KernelFunction:
 
 
 register(
-    operation="factorized_point_attention", name="streamed", supports=supports, load=load, transforms=frozenset()
+    operation="factorized_point_attention", name="torch", supports=supports, load=load, transforms=frozenset()
 )

@@ -93,6 +93,6 @@ triangle_attention_update_streamed.register_autograd(as_remembered(_backward), s
 no_double_backward(
     triangle_attention_update_streamed_backward,
     operation="triangle_attention_update",
-    kernel="streamed",
+    kernel="torch",
     setting="triangle_attention",
 )

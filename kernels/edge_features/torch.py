@@ -8,8 +8,8 @@ from ..common.determinism import reasons_against_unordered_sums
 from ..dtypes import widest
 from ..registry import register
 from ..registry.types import KernelFunction, Reason, Request
-from ._operators import edge_features_streamed
 from ._rows import split
+from ._streamed import edge_features_streamed
 
 
 def run(
@@ -56,4 +56,4 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="edge_features", name="streamed", supports=supports, load=load, transforms=frozenset())
+register(operation="edge_features", name="torch", supports=supports, load=load, transforms=frozenset())

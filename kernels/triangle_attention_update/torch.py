@@ -6,7 +6,7 @@ from torch import Tensor
 from ..registry import register
 from ..registry.types import KernelFunction, serves_everything
 from . import Weights
-from ._operators import triangle_attention_update_streamed
+from ._streamed import triangle_attention_update_streamed
 
 
 def run(
@@ -28,5 +28,5 @@ def load() -> KernelFunction:
 
 
 register(
-    operation="triangle_attention_update", name="streamed", supports=serves_everything, load=load, transforms=frozenset()
+    operation="triangle_attention_update", name="torch", supports=serves_everything, load=load, transforms=frozenset()
 )

@@ -70,4 +70,4 @@ def _backward(ctx, d_out, d_pair):  # type: ignore[no-untyped-def]
 
 
 ipa_streamed.register_autograd(as_remembered(_backward), setup_context=remembering(_keep))
-no_double_backward(ipa_streamed_backward, operation="invariant_point_attention", kernel="streamed")
+no_double_backward(ipa_streamed_backward, operation="invariant_point_attention", kernel="torch")

@@ -6,11 +6,11 @@ from torch import Tensor
 from ..dtypes import widest
 from ..edge_transition._rows import split
 from ..invariant_point_attention._rows import lift
-from ..invariant_point_attention.streamed import split_values
+from ..invariant_point_attention.torch import split_values
 from ..registry import register
 from ..registry.types import KernelFunction, Reason, Request
 from . import Attended
-from ._operators import fused_streamed, fused_streamed_
+from ._streamed import fused_streamed, fused_streamed_
 
 
 def supports(request: Request) -> list[Reason]:
@@ -49,4 +49,4 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="edge_transition_attention", name="streamed", supports=supports, load=load, transforms=frozenset())
+register(operation="edge_transition_attention", name="torch", supports=supports, load=load, transforms=frozenset())

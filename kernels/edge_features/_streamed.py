@@ -82,4 +82,4 @@ def _backward(ctx, d_out):  # type: ignore[no-untyped-def]
 
 
 edge_features_streamed.register_autograd(as_remembered(_backward), setup_context=remembering(_keep))
-no_double_backward(edge_features_streamed_backward, operation="edge_features", kernel="streamed")
+no_double_backward(edge_features_streamed_backward, operation="edge_features", kernel="torch")

@@ -104,4 +104,4 @@ def _backward(ctx, d_out, d_points, d_pairs):  # type: ignore[no-untyped-def]
 
 
 factorized_streamed.register_autograd(as_remembered(_backward), setup_context=remembering(_keep))
-no_double_backward(factorized_streamed_backward, operation="factorized_point_attention", kernel="streamed")
+no_double_backward(factorized_streamed_backward, operation="factorized_point_attention", kernel="torch")

@@ -145,4 +145,4 @@ def _backward(ctx, d_z, d_out, d_pair):  # type: ignore[no-untyped-def]
 
 
 fused_streamed.register_autograd(as_remembered(_backward), setup_context=remembering(_keep))
-no_double_backward(fused_streamed_backward, operation="edge_transition_attention", kernel="streamed")
+no_double_backward(fused_streamed_backward, operation="edge_transition_attention", kernel="torch")
