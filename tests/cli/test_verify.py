@@ -357,7 +357,8 @@ def test_a_precision_is_judged_by_the_rule_of_what_rounds():
     assert accuracy.rule_of(torch.float32, "tf32", "cuda:0") is torch.bfloat16
     assert accuracy.rule_of(torch.float32, "tf32", "cpu") is torch.float32
     assert accuracy.rule_of(torch.float32, "float32", "cuda") is torch.float32
-    assert accuracy.exceeds("attention: torch", torch.float16, "cpu") == 2.5
+    assert accuracy.exceeds("factorized_point_attention: flash_attn", torch.float16, "cpu") == 2.5
+    assert accuracy.exceeds("attention: torch", torch.float16, "cpu") == 1.0
 
 
 @pytest.mark.parametrize("words", [("verify",), ("explain",), ("bench", "--no-memory", "--model")], ids=lambda w: w[0])
