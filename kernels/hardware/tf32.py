@@ -20,6 +20,7 @@ from ..dtypes import constant
 #: Devices whose float32 products have TF32.
 DEVICES = frozenset({"cuda"})
 _matmul: Any = torch.backends.cuda.matmul
+_backends: Any = torch.backends
 _NOTHING = nullcontext()
 
 
@@ -67,14 +68,14 @@ def _own_setting() -> str:
 
     PyTorch gives the value that holds, so another value is put where it may come from, for a moment.
     """
-    held, general = str(_matmul.fp32_precision), str(torch.backends.fp32_precision)
+    held, general = str(_matmul.fp32_precision), str(_backends.fp32_precision)
     if held == "none" or held != general:
         return held
-    torch.backends.fp32_precision = "ieee" if general == "tf32" else "tf32"
+    _backends.fp32_precision = "ieee" if general == "tf32" else "tf32"
     try:
         return held if _matmul.fp32_precision == held else "none"
     finally:
-        torch.backends.fp32_precision = general
+        _backends.fp32_precision = general
 
 
 def allowance(like: Tensor, precision: str) -> AbstractContextManager[object]:

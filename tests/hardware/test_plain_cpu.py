@@ -21,7 +21,7 @@ CODE = """
 import json, sys
 import torch
 from safetensors.torch import load_file
-from foldkernels.compat.multiflow import loading
+from foldkernels.compat.multiflow.checkpoint import loading
 from foldkernels.kernels import accuracy
 from foldkernels.kernels.testing.cases.builders import BUILDERS, varied
 

@@ -99,6 +99,7 @@ def _calls() -> dict[tuple[str, str], tuple[Any, ...]]:
                     _run_torch(build(operation, n, variant, 0, **more), dtype)
         _run_in_place()
         nearest_neighbours(torch.randn(2, 9, 3), 4)
+        nearest_neighbours(torch.randn(2, 9, 3), 4, torch.arange(9).expand(2, 9) < 7)
     return {(name, str(i)): args for i, ((name, _), args) in enumerate(found.calls.items())}
 
 
