@@ -33,7 +33,10 @@ from ..support.mps_operators import collected, runs_on_mps
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "multiflow"
 #: Files of the sampler whose tensors are on the CPU whatever the model's device is.
-ON_THE_CPU = tuple(os.path.join("multiflow", name) for name in ("draws.py", "residue_types.py", "backbone.py"))
+ON_THE_CPU = (
+    *(os.path.join("multiflow", "flow", name) for name in ("noise.py", "discrete_steps.py")),
+    os.path.join("multiflow", "structures", "backbone.py"),
+)
 
 
 # The check itself -----------------------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 def check_operators(case: dict[str, Any]) -> dict[str, Any]:
     """Run PyTorch's own checks of a custom operator, and ask for a second derivative."""
-    from foldkernels.kernels.triangle_attention._triton import triangle_attention_triton as operator
+    from foldkernels.kernels.triangle_attention._launch import triangle_attention_triton as operator
 
     x = inputs(case)
     leaves = [stored(x[name], case["layout"]).detach().requires_grad_() for name in ("q", "k", "v", "bias")]

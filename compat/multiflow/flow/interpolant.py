@@ -184,7 +184,7 @@ class Interpolant:
             types_t = start.aatypes_1
         if inverse_folding and separate_t:
             trans_t, rotmats_t = start.trans_1, start.rotmats_1
-        # Residue types take their steps on the CPU, see residue_types.py.
+        # Residue types take their steps on the CPU, see discrete_steps.py.
         types_t, types_1, types_mask = types_t.cpu(), start.aatypes_1.cpu(), start.diffuse_mask.cpu()
 
         batch: dict[str, Tensor] = {
