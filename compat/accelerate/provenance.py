@@ -1,4 +1,4 @@
-"""Where a class's methods come from: a patched or overridden class is another function under the same name."""
+"""Origin of a class's methods: a patched or overridden class is another function under the same name."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def require_own_forward(kind: type[nn.Module], where: str) -> None:
 
 
 def _stranger(kind: type[nn.Module], forward: Any) -> str:
-    """What stands in the place of a class's forward; empty where it is the class's own."""
+    """Name of what has replaced a class's forward; empty where it is the class's own."""
     if forward is nn.Module.forward:
         return ""  # it has none, and is never called
     function, owners = forward, [base for base in kind.__mro__ if vars(base).get("forward") is forward]

@@ -95,7 +95,7 @@ class Adapter(ABC):
         """
 
     def idle(self, around: Sequence[nn.Module], replaced: Sequence[nn.Module]) -> str:
-        """Why the forward would never call a kernel where the module stands; empty where it may.
+        """Reason that the forward would never call a kernel where the module stands; empty where it may.
 
         Args:
             around: The modules that it stands inside of, outermost first.

@@ -133,7 +133,7 @@ def replicate(module: nn.Module) -> nn.Module:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether the module runs a forward of ours, or a wrapper that was put around it later."""
+    """Tell if the module runs a forward of ours, or a wrapper that was put around it later."""
     return isinstance(module.__dict__.get(_PLACED), Bound)
 
 

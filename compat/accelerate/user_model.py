@@ -35,7 +35,7 @@ def make(address: str, option: str = "--check") -> nn.Module:
 
 
 def found_at(address: str, option: str) -> Any:
-    """What stands at `module:name`; the module may be a .py file.
+    """Import the object at `module:name`; the module may be a .py file.
 
     Raises:
         BadInput: There is nothing, and why.

@@ -54,5 +54,4 @@ register(
     load=load,
     # Its backward pass adds up dq in whatever order the blocks come.
     deterministic=False,
-    transforms=frozenset(),
 )

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..dtypes import widest
 from ..registry import register
-from ..registry.types import KernelFunction, serves_everything
+from ..registry.types import ALL_TRANSFORMS, KernelFunction, serves_everything
 
 
 def run(
@@ -40,4 +40,4 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="attention", name="reference", supports=serves_everything, load=load)
+register(operation="attention", name="reference", supports=serves_everything, load=load, transforms=ALL_TRANSFORMS)

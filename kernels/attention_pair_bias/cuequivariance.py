@@ -61,5 +61,4 @@ register(
     load=load,
     deterministic=False,
     thresholds=ATTENTION_THRESHOLDS,
-    transforms=frozenset(),
 )

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ..dtypes import widest
 from ..registry import register
-from ..registry.types import KernelFunction, serves_everything
+from ..registry.types import ALL_TRANSFORMS, KernelFunction, serves_everything
 from . import PairProjection
 
 
@@ -42,4 +42,6 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="attention_pair_bias", name="reference", supports=serves_everything, load=load)
+register(
+    operation="attention_pair_bias", name="reference", supports=serves_everything, load=load, transforms=ALL_TRANSFORMS
+)

@@ -30,4 +30,4 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="attention_pair_bias", name="torch", supports=serves_everything, load=load, transforms=frozenset())
+register(operation="attention_pair_bias", name="torch", supports=serves_everything, load=load)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from ..common.sinusoidal import sinusoids
 from ..dtypes import widest
 from ..registry import register
-from ..registry.types import KernelFunction, serves_everything
+from ..registry.types import ALL_TRANSFORMS, KernelFunction, serves_everything
 from . import MAX_BIN_ANGSTROM, MAX_RELATIVE_POSITION, MIN_BIN_ANGSTROM
 
 
@@ -97,4 +97,4 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="edge_features", name="reference", supports=serves_everything, load=load)
+register(operation="edge_features", name="reference", supports=serves_everything, load=load, transforms=ALL_TRANSFORMS)

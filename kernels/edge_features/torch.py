@@ -56,4 +56,4 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="edge_features", name="torch", supports=supports, load=load, transforms=frozenset())
+register(operation="edge_features", name="torch", supports=supports, load=load)

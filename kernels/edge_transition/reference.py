@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ..dtypes import widest
 from ..registry import register
-from ..registry.types import KernelFunction, serves_everything
+from ..registry.types import ALL_TRANSFORMS, KernelFunction, serves_everything
 
 
 def run(
@@ -46,4 +46,6 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="edge_transition", name="reference", supports=serves_everything, load=load)
+register(
+    operation="edge_transition", name="reference", supports=serves_everything, load=load, transforms=ALL_TRANSFORMS
+)

@@ -33,4 +33,4 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="edge_transition", name="torch", supports=serves_everything, load=load, transforms=frozenset())
+register(operation="edge_transition", name="torch", supports=serves_everything, load=load)

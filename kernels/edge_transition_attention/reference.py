@@ -6,7 +6,7 @@ from torch import Tensor
 from ..edge_transition import reference as edge_transition
 from ..invariant_point_attention import reference as invariant_point_attention
 from ..registry import register
-from ..registry.types import KernelFunction, serves_everything
+from ..registry.types import ALL_TRANSFORMS, KernelFunction, serves_everything
 from . import Attended
 
 
@@ -34,4 +34,10 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="edge_transition_attention", name="reference", supports=serves_everything, load=load)
+register(
+    operation="edge_transition_attention",
+    name="reference",
+    supports=serves_everything,
+    load=load,
+    transforms=ALL_TRANSFORMS,
+)

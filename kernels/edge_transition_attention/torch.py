@@ -49,4 +49,4 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="edge_transition_attention", name="torch", supports=supports, load=load, transforms=frozenset())
+register(operation="edge_transition_attention", name="torch", supports=supports, load=load)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..dtypes import widest
 from ..registry import register
-from ..registry.types import KernelFunction, serves_everything
+from ..registry.types import ALL_TRANSFORMS, KernelFunction, serves_everything
 
 
 def run(
@@ -64,4 +64,10 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="factorized_point_attention", name="reference", supports=serves_everything, load=load)
+register(
+    operation="factorized_point_attention",
+    name="reference",
+    supports=serves_everything,
+    load=load,
+    transforms=ALL_TRANSFORMS,
+)

@@ -112,6 +112,4 @@ def load() -> KernelFunction:
     return run
 
 
-register(
-    operation="factorized_point_attention", name="torch", supports=supports, load=load, transforms=frozenset()
-)
+register(operation="factorized_point_attention", name="torch", supports=supports, load=load)

@@ -83,5 +83,4 @@ register(
     needs=("triton>=3.6",),
     supports=reasons_against,
     load=load,
-    transforms=frozenset(),
 )

@@ -196,5 +196,4 @@ register(
     # It does not say how it sums the bias's gradient.
     deterministic=False,
     thresholds=ATTENTION_THRESHOLDS,
-    transforms=frozenset(),
 )

@@ -60,4 +60,4 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="invariant_point_attention", name="torch", supports=supports, load=load, transforms=frozenset())
+register(operation="invariant_point_attention", name="torch", supports=supports, load=load)

@@ -12,7 +12,7 @@ import torch
 KernelFunction = Callable[..., Any]
 
 
-#: What plain PyTorch goes through, and a custom operator does not.
+#: Transforms that plain PyTorch goes through, and a custom operator does not.
 ALL_TRANSFORMS = frozenset({"forward", "func"})
 
 
@@ -132,7 +132,8 @@ class Kernel:
         deterministic: Whether its results are the same in every run.
         thresholds: The lengths at which `supports` changes its answer: it may compare the length with these only.
         transforms: Which transforms go through it: "forward" (forward-mode differentiation, `torch.func.jvp`) and
-            "func" (`torch.func.grad`, `vmap` and what is made of them). A call under another one raises.
+            "func" (`torch.func.grad`, `vmap` and what is made of them). None unless it says so: a custom operator
+            gives zero tangents without a word. A call under another one raises `TransformUnsupported`.
     """
 
     operation: str
@@ -143,7 +144,7 @@ class Kernel:
     backward: bool = True
     deterministic: bool = True
     thresholds: tuple[int, ...] = ()
-    transforms: frozenset[str] = ALL_TRANSFORMS
+    transforms: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..dtypes import widest
 from ..registry import register
-from ..registry.types import KernelFunction, serves_everything
+from ..registry.types import ALL_TRANSFORMS, KernelFunction, serves_everything
 
 
 def run(
@@ -33,4 +33,6 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="triangle_attention", name="reference", supports=serves_everything, load=load)
+register(
+    operation="triangle_attention", name="reference", supports=serves_everything, load=load, transforms=ALL_TRANSFORMS
+)

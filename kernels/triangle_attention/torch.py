@@ -24,4 +24,4 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="triangle_attention", name="torch", supports=serves_everything, load=load, transforms=frozenset())
+register(operation="triangle_attention", name="torch", supports=serves_everything, load=load)

@@ -63,5 +63,4 @@ register(
     load=load,
     # It tunes itself on first use, and block sizes change the order of sums.
     deterministic=False,
-    transforms=frozenset(),
 )

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from ..dtypes import widest
 from ..registry import register
-from ..registry.types import KernelFunction, serves_everything
+from ..registry.types import ALL_TRANSFORMS, KernelFunction, serves_everything
 from ..triangle_attention import reference as triangle_attention
 from . import Weights
 
@@ -36,4 +36,10 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="triangle_attention_update", name="reference", supports=serves_everything, load=load)
+register(
+    operation="triangle_attention_update",
+    name="reference",
+    supports=serves_everything,
+    load=load,
+    transforms=ALL_TRANSFORMS,
+)

@@ -27,6 +27,4 @@ def load() -> KernelFunction:
     return run
 
 
-register(
-    operation="triangle_attention_update", name="torch", supports=serves_everything, load=load, transforms=frozenset()
-)
+register(operation="triangle_attention_update", name="torch", supports=serves_everything, load=load)

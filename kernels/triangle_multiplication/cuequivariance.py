@@ -81,5 +81,4 @@ register(
     # It picks a kernel by shape and by what was tuned on the machine.
     deterministic=False,
     thresholds=(FALLBACK + 1,),
-    transforms=frozenset(),
 )

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ..dtypes import widest
 from ..registry import register
-from ..registry.types import KernelFunction, serves_everything
+from ..registry.types import ALL_TRANSFORMS, KernelFunction, serves_everything
 from . import Direction, Weights
 
 TRIANGLES: dict[Direction, str] = {"outgoing": "bikc,bjkc->bijc", "incoming": "bkic,bkjc->bijc"}
@@ -38,4 +38,10 @@ def load() -> KernelFunction:
     return run
 
 
-register(operation="triangle_multiplication", name="reference", supports=serves_everything, load=load)
+register(
+    operation="triangle_multiplication",
+    name="reference",
+    supports=serves_everything,
+    load=load,
+    transforms=ALL_TRANSFORMS,
+)

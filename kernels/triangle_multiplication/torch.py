@@ -27,6 +27,4 @@ def load() -> KernelFunction:
     return run
 
 
-register(
-    operation="triangle_multiplication", name="torch", supports=serves_everything, load=load, transforms=frozenset()
-)
+register(operation="triangle_multiplication", name="torch", supports=serves_everything, load=load)

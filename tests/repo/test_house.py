@@ -18,7 +18,9 @@ ROOMS = {
     "cli": {"errors", "configs", "kernels", "modules", "compat", "benchmarks", "cli", "the face"},
 }
 #: Rooms inside kernels/, from the ground up: each may import what stands before it.
-FLOORS = ("dtypes", "hardware", "registry", "common", "triton_tools", "the operations", "testing")
+FLOORS = ("dtypes", "hardware", "registry", "common", "triton_tools", "biased_attention", "an operation", "testing")
+#: Aliases of modules that have moved; they hold nothing.
+ALIASES = ("accuracy", "binding", "examples", "explanation", "machine", "requests")
 OPTIONAL = (
     "triton trifast flash_attn cuequivariance cuequivariance_ops cuequivariance_ops_torch cuequivariance_torch esm "
     "lightning pytorch_lightning matplotlib deepspeed openfold boltz multiflow wandb"
@@ -60,6 +62,33 @@ def imports_up(root: Path) -> list[str]:
     return found
 
 
+def floor_of(parts: tuple[str, ...], root: Path) -> int | None:
+    """The floor of a path or a module inside kernels/; None for an alias."""
+    if len(parts) < 2 or parts[1] in ALIASES:
+        return None
+    is_operation = (root / "kernels" / parts[1] / "reference.py").exists()
+    return FLOORS.index("an operation" if is_operation else parts[1])
+
+
+def imports_up_inside_kernels(root: Path) -> list[str]:
+    """Imports from one room of kernels/ of a room above it."""
+    found = []
+    for room, file, tree in sources(root):
+        parts = file.relative_to(root).with_suffix("").parts
+        floor = floor_of(parts, root) if room == "kernels" else None
+        if floor is None:
+            continue
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            above = (*parts[: len(parts) - node.level], *(node.module.split(".") if node.module else ()))
+            for target in [above] if len(above) > 1 else [(*above, alias.name) for alias in node.names]:
+                reached = floor_of(target, root) if target[0] == "kernels" else None
+                if reached is not None and reached > floor:
+                    found.append(f"{file.relative_to(root)}:{node.lineno} imports {'.'.join(target)}")
+    return found
+
+
 def misplaced(root: Path) -> list[str]:
     """What a room must not hold: torch in configs, modules in kernels, a file named as a function that it defines."""
     found = []
@@ -81,6 +110,26 @@ def misplaced(root: Path) -> list[str]:
 
 def test_no_import_runs_up(root):
     assert imports_up(root) == []
+
+
+def test_no_import_runs_up_inside_kernels(root):
+    assert imports_up_inside_kernels(root) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [
+        ("kernels/hardware/a.py", "from ..registry import decide"),
+        ("kernels/registry/a.py", "from .. import common"),
+        ("kernels/common/a.py", "def f():\n    from ..rotary.reference import run"),
+        ("kernels/rotary/a.py", "from ..testing.accuracy import check"),
+    ],
+)
+def test_an_import_that_runs_up_inside_kernels_is_seen(tmp_path, file, code):
+    for name in ("kernels/rotary/reference.py", file):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(code if name == file else "")
+    assert len(imports_up_inside_kernels(tmp_path)) == 1
 
 
 def test_every_room_holds_what_it_may(root):

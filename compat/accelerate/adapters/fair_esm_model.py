@@ -88,7 +88,7 @@ def unwrapped(layer: nn.Module) -> nn.Module:
 
 
 def _unread(model: Any) -> Unread | bool:
-    """What the model gives its layers in place of False."""
+    """Placeholder that the model gives its layers in place of False."""
     watched = []
     for outer in model.layers:
         layer: Any = unwrapped(outer)

@@ -102,7 +102,6 @@ class Counter(lightning.Callback):
 def test_callbacks_are_built_and_run(tmp_path, monkeypatch):
     monkeypatch.setattr(Counter, "seen", 0)
     spec = f"{Counter.__module__}.Counter"
-    monkeypatch.setitem(sys.modules, Counter.__module__, sys.modules[Counter.__module__])
     run(tmp_path, steps=3, trainer={"callbacks": [spec]})
     assert Counter.seen == 3
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
