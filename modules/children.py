@@ -146,7 +146,7 @@ class ChildGuard:
             if child is None:
                 return f"its {name} is gone"
             if type(child) is not was.kind:
-                return f"its {name} is a {type(child).__name__} now, and was a {was.kind.__name__}"
+                return f"its {name} is a {_class_name(type(child))} now, and was a {_class_name(was.kind)}"
             if "forward" in child.__dict__:
                 return f"its {name} has a forward of its own on the instance"
             if has_hooks(child):
@@ -165,6 +165,11 @@ class ChildGuard:
                 return f"the {was.weight} of its {name} has another shape now"
         changed = [kind.__name__ for kind, forward in self._forwards if kind.forward is not forward]
         return f"the class {changed[0]} has another forward now" if changed else ""
+
+
+def _class_name(kind: type) -> str:
+    """Qualified name of a class: LoRA's and quantized layers are called Linear, too."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@
 Run from the repository's root. An IPA block is Multiflow's: IPA, sequence transformer, transitions, without a backbone
 update. Each row runs in a fresh process: first the check against the reference kernels in float64, on a chain with
 masked residues; then block and IPA block in interleaved pairs; memory in two processes more. A row whose check is red
-has no time. Rows go to benchmarks/results/blocks_<device>.json.
+has no time. Rows go to benchmarks/studies/results/blocks_<device>.json.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--write", action="store_true", help="write the table into docs/choosing-blocks.md")
     parser.add_argument("--render", action="store_true", help="measure nothing: write the table from the JSON")
-    parser.add_argument("--out", type=Path, help="the JSON; benchmarks/results/blocks_<device>.json")
+    parser.add_argument("--out", type=Path, help="the JSON; benchmarks/studies/results/blocks_<device>.json")
     options = parser.parse_args(argv)
     path: Path = options.out or RESULTS / f"blocks_{options.device.partition(':')[0]}.json"
     if options.render:

@@ -1,6 +1,6 @@
 """What choosing a kernel costs: microseconds of a warm call, beside calling the kernel's function directly.
 
-    python -m benchmarks.studies.dispatch_cpu              every operation; rows to benchmarks/results/dispatch_cpu.json
+    python -m benchmarks.studies.dispatch_cpu              every operation; rows to results/dispatch_cpu.json
     python -m benchmarks.studies.dispatch_cpu --samples 20 does it run
 
 Run from the repository's root. Four times are taken in turns, many short samples each, so that all of them see the same

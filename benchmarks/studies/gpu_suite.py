@@ -597,7 +597,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one short length: does it run")
     parser.add_argument("--jobs", type=int, help="processes that check and compile at once; the cores, 14 at most")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda where there is one")
-    parser.add_argument("--out", type=Path, help="the JSON; benchmarks/results/gpu_<name>.json")
+    parser.add_argument("--out", type=Path, help="the JSON; benchmarks/studies/results/gpu_<name>.json")
     parser.add_argument("--silent", action="store_true", help="print the table only")
     parser.add_argument("--render", type=Path, metavar="FILE", help="measure nothing: table and plot of a JSON file")
     options = parser.parse_args(argv)

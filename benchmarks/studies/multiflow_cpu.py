@@ -7,7 +7,7 @@
 
 Run from the repository's root. Both sides have the same weights, of the published size, random and nowhere zero. Each
 row runs in a fresh process: first the check (on chains with masked residues, against float64), then the times; memory
-in two processes more. A row whose check is red has no time. Rows go to benchmarks/results/ as JSON.
+in two processes more. A row whose check is red has no time. Rows go to benchmarks/studies/results/ as JSON.
 """
 
 from __future__ import annotations

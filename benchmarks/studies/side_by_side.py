@@ -73,7 +73,7 @@ def arguments(prog: str, description: str, names: Sequence[str], output: str) ->
         prog: As the user calls it.
         description: One line.
         names: The rows that there are.
-        output: The JSON file's name in benchmarks/results.
+        output: The JSON file's name in benchmarks/studies/results.
     """
     parser = argparse.ArgumentParser(prog=prog, description=description, epilog="rows: " + " ".join(names))
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN", help="shell patterns over row names")

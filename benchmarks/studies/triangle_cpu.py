@@ -8,7 +8,7 @@
 Run from the repository's root. Both sides have the same weights, at Boltz's widths (pairs 128, 4 heads of 32; residues
 384, 16 heads). `--against chunks` runs the baseline's triangle attention a few rows at a time, the way Boltz does where
 memory is short. Each row runs in a fresh process: first the check, on chains with masked residues, against `reference`
-in float64; then the times; memory in two processes more. Rows go to benchmarks/results/triangle_cpu.json.
+in float64; then the times; memory in two processes more. Rows go to benchmarks/studies/results/triangle_cpu.json.
 """
 
 from __future__ import annotations

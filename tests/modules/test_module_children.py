@@ -214,3 +214,18 @@ def test_every_layer_of_the_trunk_counts_under_every_preset(preset: str) -> None
             replace(found, child)
             error = float((call(found) - call(expected)).abs().max())
             assert error <= 3e-5 * float(call(expected).abs().max()), f"{child}: {error:.1e} off"
+
+
+def test_a_replaced_child_is_told_from_one_of_the_same_class_name() -> None:
+    """Adapters' and quantized layers are called Linear, too: the message says whose each is."""
+
+    class Linear(nn.Linear):
+        """Another project's."""
+
+    module = nn.Sequential(nn.Linear(3, 3))
+    guard = children.ChildGuard(module)
+    assert guard.holds(module) and guard.change(module) == ""
+    module[0] = Linear(3, 3)
+    assert not guard.holds(module)
+    theirs, ours = f"{Linear.__module__}.{Linear.__qualname__}", "torch.nn.modules.linear.Linear"
+    assert guard.change(module) == f"its 0 is a {theirs} now, and was a {ours}"
