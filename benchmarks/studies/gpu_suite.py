@@ -609,7 +609,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if options.out is None:
         name = torch.cuda.get_device_name().replace(" ", "_").lower() if device == "cuda" else "cpu"
-        options.out = ROOT / "benchmarks" / "results" / f"gpu_{name}.json"
+        options.out = ROOT / "benchmarks" / "studies" / "results" / f"gpu_{name}.json"
     if options.jobs is None:
         options.jobs = max(1, min(MOST_JOBS, (os.cpu_count() or 2) - 2))
     run = Run(options, device)

@@ -23,8 +23,8 @@ from typing import Any
 from .rows import compare, extra_peak_memory, in_fresh_process, machine
 from .training_subjects import EVALUATION_BATCHES, ROOT, Run, Training
 
-RESULTS = ROOT / "benchmarks" / "results" / "training_curves"
-SPEED = ROOT / "benchmarks" / "results" / "training_speed_cpu.json"
+RESULTS = ROOT / "benchmarks" / "studies" / "results" / "training_curves"
+SPEED = ROOT / "benchmarks" / "studies" / "results" / "training_speed_cpu.json"
 FIGURES = ROOT / "docs" / "figures"
 BASELINE = "reference"
 RANKS = (1, 2, 4, 8)

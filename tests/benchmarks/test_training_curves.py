@@ -54,3 +54,8 @@ def test_how_far_apart_two_curves_are():
 def test_no_such_run(capsys):
     assert training_curves.main(["--runs", "nothing"]) == 2
     assert "no run matches nothing" in capsys.readouterr().err
+
+
+def test_the_committed_results_are_where_the_program_looks():
+    assert {path.stem for path in training_curves.RESULTS.glob("*.json")} >= {"reference", "torch"}
+    assert training_curves.SPEED.is_file()
